@@ -1,0 +1,6 @@
+#![doc = include_str!("ARCHITECTURE.md")]
+
+// Ground floor: each of these imports nothing of ours.
+pub mod model;
+
+pub mod quant;

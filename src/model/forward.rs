@@ -1,0 +1,168 @@
+//! A model behind an object-safe face: the engine and the evaluations hold `Box<dyn Forward>`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Architecture, Encoder, ModelError, Ops, RaggedBatch};
+
+/// What a caller wants of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Want {
+    /// One pooled row per sequence.
+    #[default]
+    Pooled,
+    /// One row per token as well.
+    PooledAndTokens,
+}
+
+/// Results of a batch; reused from batch to batch.
+#[derive(Debug, Default)]
+pub struct Outputs {
+    /// `[n_seqs, d_model]`, not normalised.
+    pub pooled: Vec<f32>,
+    /// `[n_tokens, d_model]`, empty unless asked for.
+    pub tokens: Vec<f32>,
+}
+
+/// Bytes a model holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ForwardMemory {
+    /// Weights, shared by all workers.
+    pub weights: usize,
+    /// Workspace of this worker.
+    pub workspace: usize,
+    /// Largest part of the workspace that a batch has used.
+    pub workspace_peak: usize,
+}
+
+/// The erased face of a model with its player.
+pub trait Forward: Send {
+    /// The model's shape.
+    fn architecture(&self) -> &Architecture;
+
+    /// Runs `batch`. The results of a sequence do not depend on the other sequences.
+    ///
+    /// # Errors
+    /// If an id, type or length is out of range (nothing was computed) or the player fails.
+    fn forward(&mut self, batch: &RaggedBatch, want: Want, out: &mut Outputs) -> Result<(), ModelError>;
+
+    /// Bytes held.
+    fn memory(&self) -> ForwardMemory;
+}
+
+/// An encoder with the player that plays it.
+#[derive(Debug)]
+pub struct Model<O: Ops> {
+    architecture: Arc<Architecture>,
+    encoder: Arc<Encoder<O>>,
+    ops: O,
+    /// A batch is played in groups of whole sequences of about this many tokens, so that a group's activations stay
+    /// in the L2 cache; a longer sequence is a group of its own.
+    group_tokens: usize,
+    memory: fn(&O) -> ForwardMemory,
+}
+
+impl<O: Ops> Model<O> {
+    /// Puts a built encoder and a player together.
+    pub fn new(
+        architecture: Arc<Architecture>,
+        encoder: Arc<Encoder<O>>,
+        ops: O,
+        group_tokens: usize,
+        memory: fn(&O) -> ForwardMemory,
+    ) -> Self {
+        Self { architecture, encoder, ops, group_tokens, memory }
+    }
+
+    /// The player.
+    pub fn ops_mut(&mut self) -> &mut O {
+        &mut self.ops
+    }
+
+    /// The encoder and the player, for callers that want the rows between layers.
+    pub fn parts(&mut self) -> (&Encoder<O>, &mut O) {
+        (&self.encoder, &mut self.ops)
+    }
+
+    fn check(&self, batch: &RaggedBatch) -> Result<(), ModelError> {
+        let all = batch.view(0..batch.n_seqs());
+        let vocab_size = self.architecture.vocab_size;
+        if let Some(&id) = all.ids().iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(ModelError::TokenOutOfRange { id, vocab_size });
+        }
+        let n_token_types = self.architecture.n_token_types.max(1);
+        if let Some(&token_type) = all.token_types().iter().find(|&&t| usize::from(t) >= n_token_types) {
+            return Err(ModelError::TokenTypeOutOfRange { token_type, n_token_types });
+        }
+        let limit = self.architecture.max_input_tokens;
+        let got = all.max_len();
+        if got > limit {
+            return Err(ModelError::SequenceTooLong { got, limit });
+        }
+        Ok(())
+    }
+}
+
+/// Cuts a batch into groups of whole sequences of at most `group_tokens` tokens (a longer sequence stands alone).
+fn groups(batch: &RaggedBatch, group_tokens: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        if start == batch.n_seqs() {
+            return None;
+        }
+        let mut end = start + 1;
+        let mut n_tokens = batch.sequence(start).len();
+        while end < batch.n_seqs() && n_tokens + batch.sequence(end).len() <= group_tokens {
+            n_tokens += batch.sequence(end).len();
+            end += 1;
+        }
+        let group = start..end;
+        start = end;
+        Some(group)
+    })
+}
+
+impl<O: Ops + Send> Forward for Model<O>
+where
+    O::Tables: Send + Sync,
+    O::Linear: Send + Sync,
+    O::Norm: Send + Sync,
+{
+    fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    fn forward(&mut self, batch: &RaggedBatch, want: Want, out: &mut Outputs) -> Result<(), ModelError> {
+        self.check(batch)?;
+        out.pooled.clear();
+        out.tokens.clear();
+        for group in groups(batch, self.group_tokens) {
+            let view = batch.view(group);
+            let x = self.encoder.forward(&mut self.ops, &view)?;
+            let pooled = self.ops.pool(&x, self.architecture.pooling, &view)?;
+            self.ops.read(&pooled, &mut out.pooled)?;
+            if want == Want::PooledAndTokens {
+                self.ops.read(&x, &mut out.tokens)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn memory(&self) -> ForwardMemory {
+        (self.memory)(&self.ops)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_cover_all_sequences_once_and_respect_the_budget() {
+        let lens = [3usize, 4, 9, 1, 1, 1, 12, 2];
+        let sequences: Vec<Vec<u32>> = lens.iter().map(|&len| vec![0; len]).collect();
+        let batch = RaggedBatch::from_sequences(&sequences).unwrap();
+        let cut: Vec<_> = groups(&batch, 8).collect();
+        assert_eq!(cut, [0..2, 2..3, 3..6, 6..7, 7..8]);
+    }
+}
