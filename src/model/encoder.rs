@@ -3,7 +3,6 @@
 use super::{Activation, Architecture, AttentionSpec, Build, LinearSlot, ModelError, NormSlot, Ops, Ragged};
 
 /// A stack of post-norm encoder layers over summed embeddings.
-#[derive(Debug)]
 pub struct Encoder<O: Ops> {
     tables: O::Tables,
     embedding_norm: O::Norm,
@@ -11,7 +10,6 @@ pub struct Encoder<O: Ops> {
 }
 
 /// One layer's weights.
-#[derive(Debug)]
 pub struct EncoderLayer<O: Ops> {
     attention: AttentionSpec,
     activation: Activation,
@@ -21,6 +19,18 @@ pub struct EncoderLayer<O: Ops> {
     ffn_up: O::Linear,
     ffn_down: O::Linear,
     ffn_norm: O::Norm,
+}
+
+impl<O: Ops> std::fmt::Debug for Encoder<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encoder").field("n_layers", &self.layers.len()).finish_non_exhaustive()
+    }
+}
+
+impl<O: Ops> std::fmt::Debug for EncoderLayer<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EncoderLayer").field("attention", &self.attention).finish_non_exhaustive()
+    }
 }
 
 impl<O: Ops> Encoder<O> {

@@ -51,7 +51,6 @@ pub trait Forward: Send {
 }
 
 /// An encoder with the player that plays it.
-#[derive(Debug)]
 pub struct Model<O: Ops> {
     architecture: Arc<Architecture>,
     encoder: Arc<Encoder<O>>,
@@ -60,6 +59,12 @@ pub struct Model<O: Ops> {
     /// in the L2 cache; a longer sequence is a group of its own.
     group_tokens: usize,
     memory: fn(&O) -> ForwardMemory,
+}
+
+impl<O: Ops> std::fmt::Debug for Model<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("architecture", &self.architecture).finish_non_exhaustive()
+    }
 }
 
 impl<O: Ops> Model<O> {
