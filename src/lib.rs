@@ -3,4 +3,7 @@
 // Ground floor: each of these imports nothing of ours.
 pub mod model;
 
+// Numeric wing.
+
+pub mod checkpoint;
 pub mod quant;

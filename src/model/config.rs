@@ -63,7 +63,7 @@ impl Positions {
     /// Rows that hold positions of real tokens.
     #[must_use]
     pub fn usable(&self) -> usize {
-        self.table_len - self.offset
+        self.table_len.saturating_sub(self.offset)
     }
 
     /// The table row of the token at `position`.
@@ -172,20 +172,6 @@ impl Architecture {
             in_range("n_heads * d_head", layer.d_context(), MAX_WIDTH / 3)?;
         }
         Ok(Self(spec))
-    }
-
-    /// The same model with `band` in every layer; positions are tiled so that inputs up to `max_input_tokens` fit.
-    ///
-    /// # Errors
-    /// [`ModelError::Architecture`] if the length is out of range.
-    pub fn with_band(&self, band: Band, max_input_tokens: usize) -> Result<Self, ModelError> {
-        let mut spec = self.0.clone();
-        for layer in &mut spec.layers {
-            layer.band = band;
-        }
-        spec.positions.tiled |= max_input_tokens > spec.positions.usable();
-        spec.max_input_tokens = max_input_tokens;
-        Self::new(spec)
     }
 
     /// The unchecked data, for edits that are checked again by [`Architecture::new`].
