@@ -1,1 +1,3 @@
+//! Compresses a Hugging Face Transformer and serves it over HTTP.
+
 fn main() {}

@@ -122,7 +122,7 @@ impl Checkpoint {
                 .unwrap_or_else(|| "model".to_owned()),
         };
         let parts = Parts { name, dir: Some(dir.to_owned()), manifest, tokenizer: tokenizer.into(), files };
-        Self::assemble(parts, Architecture::new(spec)?, options)
+        Self::assemble(parts, &Architecture::new(spec)?, options)
     }
 
     /// Opens the artefact that is part of the program.
@@ -135,12 +135,12 @@ impl Checkpoint {
         let architecture = Architecture::new(manifest.architecture.clone())?;
         let name = manifest.model.clone();
         let parts = Parts { name, dir: None, manifest: Some(manifest), tokenizer: artefact.tokenizer.into(), files };
-        Self::assemble(parts, architecture, options)
+        Self::assemble(parts, &architecture, options)
     }
 
-    fn assemble(parts: Parts, architecture: Architecture, options: &OpenOptions) -> Result<Self, CheckpointError> {
+    fn assemble(parts: Parts, architecture: &Architecture, options: &OpenOptions) -> Result<Self, CheckpointError> {
         let Parts { name, dir, manifest, tokenizer, files } = parts;
-        let architecture = override_architecture(&architecture, options)?;
+        let architecture = override_architecture(architecture, options)?;
         let family = architecture.family;
         let prefix = hf_names::prefixes(family)
             .iter()

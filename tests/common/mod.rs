@@ -1,0 +1,4 @@
+//! Pieces that several test files share.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+pub(crate) mod tiny;
