@@ -2,6 +2,7 @@
 
 // Ground floor: each of these imports nothing of ours.
 pub mod model;
+pub mod telemetry;
 
 // Numeric wing.
 

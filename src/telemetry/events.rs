@@ -1,0 +1,160 @@
+//! One function per event: it writes the log line and counts.
+//!
+//! Levels: `error` needs a person, `warn` may, `info` is said a few times in a process's life or when a request was
+//! refused by a fault of the service, `debug` is said per request or batch. Text of a user is no argument of any of them.
+
+use std::error::Error;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tracing::{debug, error, info, warn};
+
+use super::{ExpiryStage, Metrics, ModelInfo, RejectReason, Route, Stage};
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// A response was sent.
+#[derive(Debug, Clone, Copy)]
+pub struct ResponseStats<'a> {
+    /// Route as matched.
+    pub route: Route,
+    /// Status code.
+    pub code: u16,
+    /// From the request's head to the response's.
+    pub duration: Duration,
+    /// Id of the request, checked by the server.
+    pub request_id: &'a str,
+}
+
+/// A response was sent. Called once per response, whoever made it.
+pub fn response_sent(metrics: &Metrics, stats: &ResponseStats<'_>) {
+    let ResponseStats { route, code, duration, request_id } = *stats;
+    metrics.count_response(route, code, duration);
+    let duration_ms = millis(duration);
+    if code >= 500 && code != 503 && code != 504 {
+        warn!(%route, code, duration_ms, request_id, "request failed");
+    } else {
+        debug!(%route, code, duration_ms, request_id, "request answered");
+    }
+}
+
+/// A request passed a stage; once per request and stage.
+pub fn stage_passed(metrics: &Metrics, stage: Stage, duration: Duration) {
+    metrics.observe_stage(stage, duration);
+}
+
+/// A request was refused. Deadlines are told by [`expired`].
+pub fn rejected(metrics: &Metrics, reason: RejectReason) {
+    metrics.count_rejected(reason);
+    debug!(%reason, "request refused");
+}
+
+/// A request's deadline passed.
+pub fn expired(metrics: &Metrics, stage: ExpiryStage) {
+    metrics.count_rejected(RejectReason::Deadline);
+    metrics.count_expired(stage);
+    debug!(%stage, "deadline passed");
+}
+
+/// The client of a request left before the result.
+pub fn cancelled(metrics: &Metrics) {
+    metrics.count_cancelled();
+    debug!("request cancelled");
+}
+
+/// An input was cut to the model's length.
+pub fn truncated(metrics: &Metrics) {
+    metrics.count_truncated();
+}
+
+/// A sequence of `n_tokens` was admitted to the queue.
+pub fn sequence_admitted(metrics: &Metrics, n_tokens: usize) {
+    metrics.count_input(n_tokens);
+}
+
+/// What a batch was.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchStats {
+    /// Which worker ran it.
+    pub worker: usize,
+    /// Sequences in it.
+    pub n_seqs: usize,
+    /// Tokens in it.
+    pub n_tokens: usize,
+    /// Longest wait of a sequence in it.
+    pub queue_wait: Duration,
+    /// Time of the forward pass.
+    pub compute: Duration,
+}
+
+/// A batch was computed, with or without success.
+pub fn batch_finished(metrics: &Metrics, stats: &BatchStats) {
+    let BatchStats { worker, n_seqs, n_tokens, queue_wait, compute } = *stats;
+    metrics.observe_batch(n_seqs, n_tokens, compute);
+    debug!(
+        worker,
+        n_seqs,
+        n_tokens,
+        queue_wait_ms = millis(queue_wait),
+        compute_ms = millis(compute),
+        "batch finished"
+    );
+}
+
+/// A request failed in the model; once per request.
+pub fn inference_failed(metrics: &Metrics, error: &(dyn Error + 'static)) {
+    metrics.count_inference_error();
+    error!(error, "inference failed");
+}
+
+/// A worker panicked; its model is lost.
+pub fn worker_died(metrics: &Metrics, worker: usize, workers_left: usize) {
+    metrics.set_ready(false);
+    error!(worker, workers_left, "worker died");
+}
+
+/// The workers are up.
+pub fn engine_started(metrics: &Metrics, n_workers: usize, queue_capacity_tokens: usize) {
+    metrics.set_queue_capacity(queue_capacity_tokens);
+    info!(n_workers, queue_capacity_tokens, "engine started");
+}
+
+/// The model is loaded and can answer.
+pub fn model_loaded(metrics: &Metrics, model: &ModelInfo, load: Duration) {
+    metrics.set_model(model, load);
+    let ModelInfo { model, family, scheme, precision, attention } = model;
+    info!(model, family, scheme, precision, attention, load_ms = millis(load), "model loaded");
+}
+
+/// The golden inputs were run at start; `cosine` is the lowest, `bound` what the artefact promises.
+pub fn self_checked(metrics: &Metrics, cosine: f64, bound: f64) {
+    metrics.set_selfcheck(cosine);
+    if cosine >= bound {
+        info!(cosine, bound, "self-check passed");
+    } else {
+        warn!(cosine, bound, "self-check below its bound");
+    }
+}
+
+/// The service takes requests at `address`.
+pub fn ready(metrics: &Metrics, address: SocketAddr) {
+    metrics.set_ready(true);
+    info!(%address, "ready");
+}
+
+/// No new work is taken; what was admitted is finished within `grace`.
+pub fn draining(metrics: &Metrics, grace: Duration) {
+    metrics.set_ready(false);
+    info!(grace_ms = millis(grace), "draining");
+}
+
+/// The drain ended: in time, or with `n_cut` requests cut off.
+pub fn drained(n_cut: usize, took: Duration) {
+    if n_cut == 0 {
+        info!(took_ms = millis(took), "drained");
+    } else {
+        warn!(n_cut, took_ms = millis(took), "drain ran out of time");
+    }
+}

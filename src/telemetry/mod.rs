@@ -1,0 +1,15 @@
+//! What the service tells about itself: every metric name, every log event, the process's memory and processors.
+//!
+//! [`Metrics`] is made once and passed; nothing here is a global except the allocator's counters, which the language
+//! makes one. All series exist before the first request. An event is one function of [`events`] that logs *and*
+//! counts, so that the two cannot disagree. No function takes the text of a user.
+
+pub mod allocator;
+pub mod events;
+mod labels;
+mod metrics;
+pub mod process;
+pub mod subscriber;
+
+pub use labels::{ExpiryStage, MemoryKind, RejectReason, Route, Stage};
+pub use metrics::{InFlight, Metrics, ModelInfo};
