@@ -26,6 +26,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Embed lines of text from standard input to standard output, one JSON array a line.
     Embed(EmbedArgs),
+    /// Measure latency, throughput and the share of the processor's limit.
+    Bench(Box<BenchArgs>),
     /// Ask a running server for its health; the exit code is the answer.
     Health(HealthArgs),
 }
@@ -232,6 +234,41 @@ pub struct EmbedArgs {
     /// Scale every embedding to length 1.
     #[arg(long, default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub normalize: bool,
+}
+
+/// Flags of `niwaki bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Inputs, one JSON value a line: a string, or a list of token ids (default: --sequences of --length tokens).
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+    /// Sequences to make up when there is no input file.
+    #[arg(long, default_value_t = 1)]
+    pub sequences: usize,
+    /// Tokens of each made-up sequence.
+    #[arg(long, default_value_t = 128)]
+    pub length: usize,
+    /// Tokens of one batch.
+    #[arg(long, default_value_t = 16_384)]
+    pub max_batch_tokens: usize,
+    /// Sequences of one batch (default: as many as fit).
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Batches that run at once, each on its share of the threads.
+    #[arg(long, default_value = "1")]
+    pub workers: std::num::NonZeroUsize,
+    /// Passes over the input that are not counted.
+    #[arg(long, default_value_t = 3)]
+    pub warmup: usize,
+    /// Passes over the input that are counted.
+    #[arg(long, default_value = "20")]
+    pub rounds: std::num::NonZeroUsize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Flags of `niwaki health`.

@@ -1,0 +1,214 @@
+//! `niwaki bench`: latency, throughput and the share of the machine's limit, in process.
+//!
+//! A sample is one forward call. Rounds are interleaved over nothing else here; to compare programs, run them in turn.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+
+use super::args::BenchArgs;
+use super::{model, players};
+use crate::kernels::peak;
+use crate::model::{Architecture, Forward, LinearSlot, Outputs, RaggedBatch, Want};
+use crate::telemetry::process;
+use crate::text::Tokenizer;
+
+/// What one run measured.
+struct Measured {
+    /// Seconds of each forward call, sorted.
+    samples: Vec<f64>,
+    n_seqs: usize,
+    n_tokens: usize,
+    macs: f64,
+    wall: f64,
+}
+
+pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let checkpoint = model::open(&args.model)?;
+    let n_workers = args.workers.get();
+    let mut loaded = players::load(&checkpoint, &args.model, n_workers)?;
+    let architecture = checkpoint.architecture();
+    let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
+    let sequences = match &args.input {
+        Some(path) => read_input(path, &tokenizer, architecture)?,
+        None => vec![(0..args.length).map(|i| 1_000 + (i * 7_919 % 20_000) as u32).collect(); args.sequences],
+    };
+    let batches = batches(&sequences, args.max_batch_tokens, args.batch)?;
+    let peak_ops = peak::measure(loaded.kernels, Duration::from_millis(200), loaded.n_threads);
+    for _ in 0..args.warmup {
+        play(&mut loaded.workers, &batches, architecture)?;
+    }
+    let mut rounds: Vec<Measured> = (0..args.rounds.get())
+        .map(|_| play(&mut loaded.workers, &batches, architecture))
+        .collect::<anyhow::Result<_>>()?;
+    rounds.sort_by(|a, b| a.wall.total_cmp(&b.wall));
+    let median = &rounds[rounds.len() / 2];
+    let mut samples: Vec<f64> = rounds.iter().flat_map(|round| round.samples.iter().copied()).collect();
+    samples.sort_by(f64::total_cmp);
+    let percentile = |share: f64| samples[((samples.len() - 1) as f64 * share).round() as usize] * 1e3;
+    let memory = loaded.workers.iter().map(|worker| worker.memory());
+    let workspace: usize = memory.clone().map(|memory| memory.workspace_peak).sum();
+    let weights = memory.map(|memory| memory.weights).max().unwrap_or_default();
+    let gmacs = median.macs / median.wall / 1e9;
+    let report = json!({
+        "model": checkpoint.name(),
+        "isa": loaded.kernels.name(),
+        "threads": loaded.n_threads,
+        "workers": n_workers,
+        "rounds": rounds.len(),
+        "sequences": median.n_seqs,
+        "tokens": median.n_tokens,
+        "batches": batches.len(),
+        "latency_ms": {"p50": percentile(0.5), "p90": percentile(0.9), "p99": percentile(0.99), "min": samples[0] * 1e3},
+        "round_s": {"median": median.wall, "min": rounds[0].wall, "max": rounds[rounds.len() - 1].wall},
+        "sequences_per_s": median.n_seqs as f64 / median.wall,
+        "tokens_per_s": median.n_tokens as f64 / median.wall,
+        "gmac_per_s": gmacs,
+        "peak_gmac_per_s": peak_ops / 1e9,
+        "share_of_peak": gmacs * 1e9 / peak_ops,
+        "memory": {"weights": weights, "workspace_peak": workspace, "rss": process::resident_bytes()},
+    });
+    if args.json {
+        println!("{report}");
+    } else {
+        print_table(&report);
+    }
+    Ok(())
+}
+
+fn print_table(report: &Value) {
+    let number = |path: &str| report.pointer(path).and_then(Value::as_f64).unwrap_or_default();
+    let count = |path: &str| report.pointer(path).and_then(Value::as_u64).unwrap_or_default();
+    println!(
+        "{} on {} with {} threads, {} batches at once",
+        report["model"].as_str().unwrap_or_default(),
+        report["isa"].as_str().unwrap_or_default(),
+        count("/threads"),
+        count("/workers")
+    );
+    println!("{} sequences, {} tokens in {} batches, {} rounds", count("/sequences"), count("/tokens"), count("/batches"), count("/rounds"));
+    println!(
+        "a batch        p50 {:.3} ms   p90 {:.3}   p99 {:.3}   min {:.3}",
+        number("/latency_ms/p50"),
+        number("/latency_ms/p90"),
+        number("/latency_ms/p99"),
+        number("/latency_ms/min")
+    );
+    println!("throughput     {:.0} sequences/s, {:.0} tokens/s", number("/sequences_per_s"), number("/tokens_per_s"));
+    println!(
+        "arithmetic     {:.0} GMAC/s, {:.0} % of the {:.0} GMAC/s that the processor reaches",
+        number("/gmac_per_s"),
+        number("/share_of_peak") * 100.0,
+        number("/peak_gmac_per_s")
+    );
+    println!(
+        "memory         weights {:.1} MB, workspace {:.1} MB at peak, resident {:.1} MB",
+        number("/memory/weights") / 1e6,
+        number("/memory/workspace_peak") / 1e6,
+        number("/memory/rss") / 1e6
+    );
+}
+
+/// Multiply-accumulates of a sequence: linear maps, and the score and value products inside the band.
+fn macs(architecture: &Architecture, len: usize) -> f64 {
+    architecture
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(layer, config)| {
+            let slots =
+                [LinearSlot::Qkv(layer), LinearSlot::AttentionOut(layer), LinearSlot::FfnUp(layer), LinearSlot::FfnDown(layer)];
+            let linear: usize = slots
+                .iter()
+                .map(|slot| {
+                    let (n_out, n_in) = slot.shape(config, architecture.d_model);
+                    n_out * n_in
+                })
+                .sum();
+            (linear * len) as f64 + 2.0 * config.band.n_pairs(len) as f64 * config.d_context() as f64
+        })
+        .sum()
+}
+
+/// Plays all batches once; with several workers each takes the next batch that is left.
+fn play(workers: &mut [Box<dyn Forward>], batches: &[RaggedBatch], architecture: &Architecture) -> anyhow::Result<Measured> {
+    let next = AtomicUsize::new(0);
+    let started = Instant::now();
+    let samples = std::thread::scope(|scope| {
+        let threads: Vec<_> = workers
+            .iter_mut()
+            .map(|worker| {
+                scope.spawn(|| -> anyhow::Result<Vec<f64>> {
+                    let mut out = Outputs::default();
+                    let mut samples = Vec::new();
+                    while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let started = Instant::now();
+                        worker.forward(batch, Want::Pooled, &mut out)?;
+                        samples.push(started.elapsed().as_secs_f64());
+                    }
+                    Ok(samples)
+                })
+            })
+            .collect();
+        let mut samples = Vec::new();
+        for thread in threads {
+            match thread.join() {
+                Ok(result) => samples.extend(result?),
+                Err(_) => bail!("a worker panicked"),
+            }
+        }
+        Ok(samples)
+    })?;
+    let wall = started.elapsed().as_secs_f64();
+    let lengths = || batches.iter().flat_map(|batch| (0..batch.n_seqs()).map(|index| batch.sequence(index).len()));
+    Ok(Measured {
+        samples,
+        n_seqs: lengths().count(),
+        n_tokens: lengths().sum(),
+        macs: lengths().map(|len| macs(architecture, len)).sum(),
+        wall,
+    })
+}
+
+/// Batches in order of length, longest first, within the token budget and the count.
+fn batches(sequences: &[Vec<u32>], max_tokens: usize, max_count: Option<usize>) -> anyhow::Result<Vec<RaggedBatch>> {
+    let mut sorted: Vec<&Vec<u32>> = sequences.iter().collect();
+    sorted.sort_by_key(|ids| std::cmp::Reverse(ids.len()));
+    let mut batches = Vec::new();
+    let mut batch = RaggedBatch::new();
+    for ids in sorted {
+        let full = batch.n_tokens() + ids.len() > max_tokens || max_count.is_some_and(|max| batch.n_seqs() >= max);
+        if full && batch.n_seqs() > 0 {
+            batches.push(std::mem::take(&mut batch));
+        }
+        batch.push(ids)?;
+    }
+    batches.push(batch);
+    Ok(batches)
+}
+
+/// One JSON value a line: a string, or a list of token ids.
+fn read_input(path: &Path, tokenizer: &Tokenizer, architecture: &Architecture) -> anyhow::Result<Vec<Vec<u32>>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let mut sequences = Vec::new();
+    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let place = || format!("{}:{}", path.display(), index + 1);
+        let mut ids = match serde_json::from_str(line).with_context(place)? {
+            Value::String(text) => tokenizer.encode(&text, true)?,
+            list @ Value::Array(_) => serde_json::from_value::<Vec<u32>>(list).with_context(place)?,
+            _ => bail!("{}: neither a string nor a list of token ids", place()),
+        };
+        ids.truncate(architecture.max_input_tokens);
+        if ids.is_empty() {
+            bail!("{}: no tokens", place());
+        }
+        sequences.push(ids);
+    }
+    if sequences.is_empty() {
+        bail!("{}: no input", path.display());
+    }
+    Ok(sequences)
+}

@@ -1,0 +1,60 @@
+//! Where the model comes from: a directory, the hub's cache, or the binary itself.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use super::args::{ModelArgs, PoolingArg};
+use super::default_model;
+use super::progress::Bars;
+use crate::checkpoint::hub;
+use crate::checkpoint::{Checkpoint, OpenOptions};
+use crate::model::{Band, Pooling};
+
+/// With a band, inputs may be longer than the model's position table; this is the limit unless a flag sets one.
+pub(super) const DEFAULT_BANDED_INPUT: usize = 8_192;
+
+/// Longest input for a model that runs under `band`.
+pub(super) fn max_input_tokens(band: Option<Band>, flag: Option<usize>) -> Option<usize> {
+    flag.or(band.map(|_| DEFAULT_BANDED_INPUT))
+}
+
+/// Opens the model that the flags name.
+pub(super) fn open(args: &ModelArgs) -> anyhow::Result<Arc<Checkpoint>> {
+    let options = OpenOptions {
+        pooling: args.pooling.map(pooling),
+        band: args.attention,
+        max_input_tokens: max_input_tokens(args.attention, args.max_input_length),
+        trust_files: false,
+    };
+    let checkpoint = match (&args.model, &args.model_id) {
+        (Some(dir), _) => Checkpoint::open_with(dir, &options).with_context(|| format!("model {}", dir.display()))?,
+        (None, Some(id)) => {
+            let dir = download(args, id).with_context(|| format!("model {id}"))?;
+            Checkpoint::open_with(&dir, &options).with_context(|| format!("model {id} in {}", dir.display()))?
+        }
+        (None, None) => Checkpoint::embedded(&default_model::ARTEFACT, &options).context("the default model")?,
+    };
+    Ok(Arc::new(checkpoint))
+}
+
+fn download(args: &ModelArgs, id: &str) -> anyhow::Result<PathBuf> {
+    let mut config = hub::HubConfig::from_env(&|name| std::env::var(name).ok());
+    if let Some(token) = &args.hf_token {
+        config.token = Some(token.clone());
+    }
+    if let Some(cache) = &args.huggingface_hub_cache {
+        config.cache = Some(cache.clone());
+    }
+    Ok(hub::download(&config, id, Some(&args.revision), &Bars::new())?)
+}
+
+fn pooling(arg: PoolingArg) -> Pooling {
+    match arg {
+        PoolingArg::Cls => Pooling::Cls,
+        PoolingArg::Mean => Pooling::Mean,
+        PoolingArg::Max => Pooling::Max,
+        PoolingArg::LastToken => Pooling::LastToken,
+    }
+}
