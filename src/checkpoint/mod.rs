@@ -6,6 +6,7 @@
 mod error;
 mod hf_config;
 pub mod hf_names;
+pub mod hub;
 mod manifest;
 mod open;
 mod reader;
