@@ -8,3 +8,6 @@ pub mod telemetry;
 
 pub mod checkpoint;
 pub mod quant;
+
+// Service wing.
+pub mod engine;

@@ -1,0 +1,262 @@
+//! The two lanes, with cancellation. The order of everything is decided in `policy.rs`.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use tokio::time::Instant;
+
+use super::policy::{self, Decision, Header, Lane, PolicyLimits, QueueView};
+
+/// Cancelled entries stay in their lane until they outnumber the live ones by this many: removal is then amortised.
+const COMPACT_AT: usize = 64;
+
+#[derive(Debug)]
+struct Entries<T> {
+    headers: VecDeque<Header>,
+    /// In step with `headers`; `None` where the header is not live.
+    payloads: VecDeque<Option<T>>,
+    n_live: usize,
+}
+
+impl<T> Entries<T> {
+    fn new() -> Self {
+        Self { headers: VecDeque::new(), payloads: VecDeque::new(), n_live: 0 }
+    }
+
+    /// Takes the live entries with a ticket in `tickets` out; returns the sum of their tokens.
+    fn cancel(&mut self, tickets: &Range<u64>, out: &mut Vec<T>) -> usize {
+        let mut n_tokens = 0;
+        let start = self.headers.partition_point(|header| header.ticket < tickets.start);
+        let inside = self.headers.iter_mut().zip(&mut self.payloads).skip(start);
+        for (header, payload) in inside.take_while(|(header, _)| header.ticket < tickets.end) {
+            if let Some(payload) = payload.take() {
+                header.live = false;
+                self.n_live -= 1;
+                n_tokens += header.tokens;
+                out.push(payload);
+            }
+        }
+        if self.headers.len() > 2 * self.n_live + COMPACT_AT {
+            self.headers.retain(|header| header.live);
+            self.payloads.retain(Option::is_some);
+        }
+        n_tokens
+    }
+}
+
+/// What [`Queue::take`] took to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Taken {
+    pub(crate) n_seqs: usize,
+    pub(crate) n_tokens: usize,
+}
+
+/// Sequences that wait. Bounded by admission, which every push has passed.
+#[derive(Debug)]
+pub(crate) struct Queue<T> {
+    limits: PolicyLimits,
+    short: Entries<T>,
+    long: Entries<T>,
+    tokens: usize,
+    overtaken: usize,
+    next_ticket: u64,
+}
+
+impl<T> Queue<T> {
+    pub(crate) fn new(limits: PolicyLimits) -> Self {
+        Self { limits, short: Entries::new(), long: Entries::new(), tokens: 0, overtaken: 0, next_ticket: 0 }
+    }
+
+    /// Appends an entry to its lane; returns its ticket. Tickets rise by one.
+    pub(crate) fn push(&mut self, tokens: usize, deadline: Option<Instant>, payload: T) -> u64 {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        let entries = match self.limits.lane(tokens) {
+            Lane::Short => &mut self.short,
+            Lane::Long => &mut self.long,
+        };
+        entries.headers.push_back(Header { ticket, tokens, deadline, live: true });
+        entries.payloads.push_back(Some(payload));
+        entries.n_live += 1;
+        self.tokens += tokens;
+        ticket
+    }
+
+    /// The ticket that the next push will get.
+    pub(crate) fn next_ticket(&self) -> u64 {
+        self.next_ticket
+    }
+
+    /// Removes what still waits under `tickets`.
+    pub(crate) fn cancel(&mut self, tickets: &Range<u64>) -> Vec<T> {
+        let mut out = Vec::new();
+        self.tokens -= self.short.cancel(tickets, &mut out) + self.long.cancel(tickets, &mut out);
+        self.forget_overtaken();
+        out
+    }
+
+    /// Moves what a free worker shall run into `run`, and what has expired by `now` into `shed`.
+    pub(crate) fn take(&mut self, now: Instant, idle_workers: usize, run: &mut Vec<T>, shed: &mut Vec<T>) -> Taken {
+        loop {
+            let view = QueueView {
+                short: &self.short.headers,
+                long: &self.long.headers,
+                tokens: self.tokens,
+                overtaken: self.overtaken,
+            };
+            let Decision::Take { lane, scan, n_seqs, n_tokens } = policy::next(&view, now, &self.limits, idle_workers)
+            else {
+                return Taken::default();
+            };
+            let entries = match lane {
+                Lane::Short => &mut self.short,
+                Lane::Long => &mut self.long,
+            };
+            for (header, payload) in entries.headers.drain(..scan).zip(entries.payloads.drain(..scan)) {
+                let Some(payload) = payload else { continue };
+                entries.n_live -= 1;
+                self.tokens -= header.tokens;
+                let expired = header.deadline.is_some_and(|deadline| deadline <= now);
+                if expired { shed.push(payload) } else { run.push(payload) }
+            }
+            match lane {
+                Lane::Short => self.overtaken += n_tokens,
+                Lane::Long if n_seqs > 0 => self.overtaken = 0,
+                Lane::Long => {}
+            }
+            self.forget_overtaken();
+            if n_seqs > 0 {
+                return Taken { n_seqs, n_tokens };
+            }
+        }
+    }
+
+    /// Who is not there is not overtaken.
+    fn forget_overtaken(&mut self) {
+        if self.long.n_live == 0 {
+            self.overtaken = 0;
+        }
+    }
+
+    /// Sequences that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.short.n_live + self.long.n_live
+    }
+
+    /// Tokens that wait.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    #[cfg(test)]
+    fn n_entries(&self) -> usize {
+        self.short.headers.len() + self.long.headers.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMITS: PolicyLimits = PolicyLimits {
+        max_batch_tokens: 200,
+        max_batch_requests: 6,
+        target_batch_tokens: 100,
+        min_share_tokens: 20,
+        short_tokens: 16,
+        overtake: 2,
+    };
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Push { tokens: usize, ttl: Option<u64> },
+        Cancel { start: u64, len: u64 },
+        Take { idle: usize },
+        Wait { ms: u64 },
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            4 => (1usize..=200, prop::option::of(0u64..40)).prop_map(|(tokens, ttl)| Step::Push { tokens, ttl }),
+            4 => (1usize..=16, prop::option::of(0u64..40)).prop_map(|(tokens, ttl)| Step::Push { tokens, ttl }),
+            2 => (0u64..200, 0u64..30).prop_map(|(start, len)| Step::Cancel { start, len }),
+            3 => (1usize..4).prop_map(|idle| Step::Take { idle }),
+            1 => (0u64..20).prop_map(|ms| Step::Wait { ms }),
+        ];
+        prop::collection::vec(step, 1..300)
+    }
+
+    proptest! {
+        /// Against a model that is a map of everything that waits.
+        #[test]
+        fn every_entry_leaves_exactly_once(steps in steps()) {
+            let mut queue: Queue<u64> = Queue::new(LIMITS);
+            let mut waiting: BTreeMap<u64, (usize, Option<Instant>)> = BTreeMap::new();
+            let mut now = Instant::now();
+            let (mut run, mut shed) = (Vec::new(), Vec::new());
+            for step in steps {
+                match step {
+                    Step::Push { tokens, ttl } => {
+                        let deadline = ttl.map(|ms| now + Duration::from_millis(ms));
+                        let ticket = queue.next_ticket();
+                        prop_assert_eq!(queue.push(tokens, deadline, ticket), ticket);
+                        waiting.insert(ticket, (tokens, deadline));
+                    }
+                    Step::Cancel { start, len } => {
+                        let mut got = queue.cancel(&(start..start + len));
+                        got.sort_unstable();
+                        let expected: Vec<u64> = waiting.range(start..start + len).map(|(&ticket, _)| ticket).collect();
+                        prop_assert_eq!(&got, &expected);
+                        waiting.retain(|ticket, _| !expected.contains(ticket));
+                    }
+                    Step::Take { idle } => {
+                        run.clear();
+                        shed.clear();
+                        let could_run = waiting.values().any(|(_, deadline)| deadline.is_none_or(|d| d > now));
+                        let taken = queue.take(now, idle, &mut run, &mut shed);
+                        prop_assert_eq!(taken.n_seqs, run.len());
+                        prop_assert_eq!(could_run, !run.is_empty(), "work-conserving");
+                        let mut n_tokens = 0;
+                        for ticket in &run {
+                            let (tokens, deadline) = waiting.remove(ticket).expect("it waits");
+                            prop_assert!(deadline.is_none_or(|d| d > now), "expired work is not run");
+                            n_tokens += tokens;
+                        }
+                        for ticket in &shed {
+                            let (_, deadline) = waiting.remove(ticket).expect("it waits");
+                            prop_assert!(deadline.is_some_and(|d| d <= now), "only expired work is shed");
+                        }
+                        prop_assert_eq!(taken.n_tokens, n_tokens);
+                    }
+                    Step::Wait { ms } => now += Duration::from_millis(ms),
+                }
+                prop_assert_eq!(queue.len(), waiting.len());
+                prop_assert_eq!(queue.tokens(), waiting.values().map(|(tokens, _)| tokens).sum::<usize>());
+                prop_assert!(queue.n_entries() <= 2 * queue.len() + 2 * COMPACT_AT + 300, "cancelled entries pile up");
+            }
+            while queue.len() > 0 {
+                run.clear();
+                let before = queue.len();
+                queue.take(now, 1, &mut run, &mut shed);
+                prop_assert!(queue.len() < before);
+            }
+            prop_assert_eq!(queue.tokens(), 0);
+        }
+    }
+
+    #[test]
+    fn cancelled_entries_do_not_pile_up() {
+        let mut queue: Queue<u64> = Queue::new(LIMITS);
+        for _ in 0..10_000 {
+            let first = queue.push(3, None, 0);
+            queue.push(50, None, 0);
+            assert_eq!(queue.cancel(&(first..first + 2)).len(), 2);
+            assert!(queue.n_entries() <= 2 * (COMPACT_AT + 1), "{}", queue.n_entries());
+        }
+    }
+}
