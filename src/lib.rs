@@ -7,6 +7,7 @@ pub mod telemetry;
 // Numeric wing.
 
 pub mod checkpoint;
+pub mod exec;
 pub mod quant;
 
 // Service wing.

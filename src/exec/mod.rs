@@ -1,0 +1,3 @@
+//! Players of the score.
+
+pub mod candle;
