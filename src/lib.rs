@@ -5,10 +5,11 @@ pub mod model;
 pub mod telemetry;
 
 // Numeric wing.
-
 pub mod checkpoint;
-pub mod exec;
 pub mod quant;
+
+// Players of the score.
+pub mod exec;
 
 // Service wing.
 pub mod engine;
