@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert;
 use niwaki::checkpoint::{Checkpoint, OpenOptions};
-use niwaki::exec::candle::candle_model;
+use niwaki::exec::candle_model;
 use niwaki::model::{Activation, Band, Model, Ops, Pooling, RaggedBatch};
 use serde::Deserialize;
 
