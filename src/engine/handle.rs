@@ -72,7 +72,8 @@ struct State {
     drain: DrainRate,
     running_sequences: usize,
     running_tokens: usize,
-    idle_workers: usize,
+    /// Workers between taking something and asking for the next; the others are free, also while they wake up.
+    busy_workers: usize,
     workers_left: usize,
     /// No new submissions.
     closed: bool,
@@ -81,6 +82,10 @@ struct State {
 }
 
 impl State {
+    fn idle_workers(&self) -> usize {
+        self.workers_left - self.busy_workers
+    }
+
     fn is_empty(&self) -> bool {
         self.admission.used().0 == 0 && self.running_sequences == 0
     }
@@ -116,7 +121,7 @@ impl Engine {
             drain: DrainRate::new(Instant::now()),
             running_sequences: 0,
             running_tokens: 0,
-            idle_workers: 0,
+            busy_workers: 0,
             workers_left: n_workers,
             closed: false,
             stopped: false,
@@ -370,7 +375,7 @@ impl Shared {
         }
         let tickets = start..state.queue.next_ticket();
         self.tell_queue(&state);
-        if state.idle_workers > 0 {
+        if state.idle_workers() > 0 {
             self.work.notify_one();
         }
         Ok(tickets)
@@ -385,24 +390,22 @@ impl Shared {
         withdrawn
     }
 
-    /// For a worker: ends the batch it has `finished` and waits for the next, which it finds in `jobs`, or for expired
-    /// sequences, which it finds in `shed`. `None` when the worker shall end.
-    pub(crate) fn next(&self, finished: Option<Taken>, jobs: &mut Vec<Job>, shed: &mut Vec<Job>) -> Option<Taken> {
+    /// For a worker: ends what it took last, if anything, and waits for the next, which it finds in `jobs`, or for
+    /// expired sequences, which it finds in `shed`. `None` when the worker shall end.
+    pub(crate) fn next(&self, last: Option<Taken>, jobs: &mut Vec<Job>, shed: &mut Vec<Job>) -> Option<Taken> {
         let mut state = self.state();
-        if let Some(finished) = finished {
-            self.end_batch(&mut state, finished, finished.n_tokens);
+        if let Some(last) = last {
+            self.end(&mut state, last, last.n_tokens);
         }
-        state.idle_workers += 1;
         loop {
             if state.stopped {
-                state.idle_workers -= 1;
                 return None;
             }
             let now = Instant::now();
-            let idle_workers = state.idle_workers;
+            let idle_workers = state.idle_workers();
             let taken = state.queue.take(now, idle_workers, jobs, shed);
             if !jobs.is_empty() || !shed.is_empty() {
-                state.idle_workers -= 1;
+                state.busy_workers += 1;
                 if taken.n_seqs > 0 {
                     state.running_sequences += taken.n_seqs;
                     state.running_tokens += taken.n_tokens;
@@ -410,7 +413,7 @@ impl Shared {
                 }
                 self.tell_queue(&state);
                 // Each worker wakes the next while there is something left: one submission wakes as many as it needs.
-                if state.queue.len() > 0 && state.idle_workers > 0 {
+                if state.queue.len() > 0 && state.idle_workers() > 0 {
                     self.work.notify_one();
                 }
                 return Some(taken);
@@ -419,19 +422,22 @@ impl Shared {
         }
     }
 
-    fn end_batch(&self, state: &mut State, batch: Taken, drained_tokens: usize) {
-        state.running_sequences -= batch.n_seqs;
-        state.running_tokens -= batch.n_tokens;
-        state.drain.finished(drained_tokens, Instant::now());
-        self.tell_emptied(state);
+    fn end(&self, state: &mut State, last: Taken, drained_tokens: usize) {
+        state.busy_workers -= 1;
+        if last.n_seqs > 0 {
+            state.running_sequences -= last.n_seqs;
+            state.running_tokens -= last.n_tokens;
+            state.drain.finished(drained_tokens, Instant::now());
+            self.tell_emptied(state);
+        }
     }
 
-    /// A worker panicked, with `batch` under way. Returns the sequences that nobody will run any more.
-    pub(crate) fn worker_died(&self, index: usize, batch: Option<Taken>) -> Vec<Job> {
+    /// A worker panicked, with `last` under way. Returns the sequences that nobody will run any more.
+    pub(crate) fn worker_died(&self, index: usize, last: Option<Taken>) -> Vec<Job> {
         self.alive.store(false, Ordering::Release);
         let mut state = self.state();
-        if let Some(batch) = batch {
-            self.end_batch(&mut state, batch, 0);
+        if let Some(last) = last {
+            self.end(&mut state, last, 0);
         }
         state.workers_left -= 1;
         let workers_left = state.workers_left;

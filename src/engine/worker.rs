@@ -27,7 +27,7 @@ pub(crate) struct Worker {
     out: Outputs,
     jobs: Vec<Job>,
     shed: Vec<Job>,
-    /// The batch under way, as the queue counts it.
+    /// What it took last and has not ended, as the queue counts it.
     taken: Option<Taken>,
 }
 
@@ -60,12 +60,12 @@ impl Worker {
 
     fn work(&mut self) {
         while let Some(taken) = self.shared.next(self.taken.take(), &mut self.jobs, &mut self.shed) {
+            self.taken = Some(taken);
             let now = Instant::now();
             for job in self.shed.drain(..) {
                 job.pending.expire(now);
             }
             if taken.n_seqs > 0 {
-                self.taken = Some(taken);
                 for job in &self.jobs {
                     job.pending.start();
                 }

@@ -41,6 +41,10 @@ pub struct ModelInfo {
     pub attention: String,
 }
 
+/// What every name of ours starts with.
+#[cfg(test)]
+const PREFIX: &str = "niwaki_";
+
 type Source = Box<dyn Fn() -> u64 + Send + Sync>;
 
 /// All metrics of a process.

@@ -3,13 +3,13 @@ use std::collections::BTreeMap;
 use super::super::events::{self, BatchStats, ResponseStats};
 use super::*;
 
-/// Samples by name with labels; panics on a line that is neither a comment nor a sample.
+/// Samples by name with labels, our prefix left off; panics on a line that is neither a comment nor a sample.
 fn samples(text: &str) -> BTreeMap<String, f64> {
     text.lines()
         .filter(|line| !line.starts_with('#') && !line.is_empty())
         .map(|line| {
             let (name, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no sample: {line}"));
-            (name.to_owned(), value.parse().unwrap_or_else(|_| panic!("no number: {line}")))
+            (name.trim_start_matches(PREFIX).to_owned(), value.parse().unwrap_or_else(|_| panic!("no number: {line}")))
         })
         .collect()
 }
@@ -20,16 +20,16 @@ fn all_series_exist_before_the_first_request() {
     let found = samples(&text);
     let mut expected = Vec::new();
     for &route in Route::ALL {
-        expected.push(format!("niwaki_request_duration_seconds_count{{route=\"{route}\"}}"));
+        expected.push(format!("request_duration_seconds_count{{route=\"{route}\"}}"));
         for code in route.codes() {
-            expected.push(format!("niwaki_requests_total{{code=\"{code}\",route=\"{route}\"}}"));
+            expected.push(format!("requests_total{{code=\"{code}\",route=\"{route}\"}}"));
         }
     }
     let labelled = |name: &str, label: &str, value: &str| format!("{name}{{{label}=\"{value}\"}}");
-    expected.extend(Stage::ALL.iter().map(|s| labelled("niwaki_stage_duration_seconds_sum", "stage", s.label())));
-    expected.extend(RejectReason::ALL.iter().map(|r| labelled("niwaki_rejected_total", "reason", r.label())));
-    expected.extend(ExpiryStage::ALL.iter().map(|s| labelled("niwaki_expired_total", "stage", s.label())));
-    expected.extend(MemoryKind::ALL.iter().map(|k| labelled("niwaki_memory_bytes", "kind", k.label())));
+    expected.extend(Stage::ALL.iter().map(|s| labelled("stage_duration_seconds_sum", "stage", s.label())));
+    expected.extend(RejectReason::ALL.iter().map(|r| labelled("rejected_total", "reason", r.label())));
+    expected.extend(ExpiryStage::ALL.iter().map(|s| labelled("expired_total", "stage", s.label())));
+    expected.extend(MemoryKind::ALL.iter().map(|k| labelled("memory_bytes", "kind", k.label())));
     for name in [
         "requests_in_flight",
         "queue_depth",
@@ -50,13 +50,13 @@ fn all_series_exist_before_the_first_request() {
         "ready",
         "model_load_seconds",
     ] {
-        expected.push(format!("niwaki_{name}"));
+        expected.push(name.to_owned());
     }
     for name in &expected {
         assert!(found.contains_key(name), "{name} is missing from\n{text}");
     }
     #[cfg(target_os = "linux")]
-    assert!(found["process_resident_memory_bytes"] > 0.0 && found["niwaki_memory_bytes{kind=\"rss\"}"] > 0.0);
+    assert!(found["process_resident_memory_bytes"] > 0.0 && found["memory_bytes{kind=\"rss\"}"] > 0.0);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn every_family_has_help_and_a_conventional_name() {
         let (name, help) = (family.name(), family.help());
         assert!(help.ends_with('.') && help.len() > 15, "{name}: {help}");
         if !name.starts_with("process_") {
-            assert!(name.starts_with("niwaki_"), "{name}");
+            assert!(name.starts_with(PREFIX), "{name}");
             let is_counter = family.get_field_type() == prometheus::proto::MetricType::COUNTER;
             assert_eq!(name.ends_with("_total"), is_counter, "{name}");
         }
@@ -108,42 +108,42 @@ fn events_reach_their_series() {
 
     let found = samples(&metrics.render());
     for (name, value) in [
-        ("niwaki_requests_total{code=\"200\",route=\"/embed\"}", 2.0),
-        ("niwaki_requests_total{code=\"418\",route=\"/health\"}", 1.0),
-        ("niwaki_request_duration_seconds_bucket{route=\"/embed\",le=\"0.0016\"}", 0.0),
-        ("niwaki_request_duration_seconds_bucket{route=\"/embed\",le=\"0.0032\"}", 2.0),
-        ("niwaki_stage_duration_seconds_count{stage=\"infer\"}", 1.0),
-        ("niwaki_rejected_total{reason=\"memory\"}", 1.0),
-        ("niwaki_rejected_total{reason=\"deadline\"}", 1.0),
-        ("niwaki_expired_total{stage=\"queue\"}", 1.0),
-        ("niwaki_cancelled_total", 1.0),
-        ("niwaki_truncated_total", 1.0),
-        ("niwaki_input_tokens_total", 17.0),
-        ("niwaki_input_tokens_bucket{le=\"16\"}", 0.0),
-        ("niwaki_input_tokens_bucket{le=\"32\"}", 1.0),
-        ("niwaki_batch_size_sum", 3.0),
-        ("niwaki_batch_tokens_sum", 40.0),
-        ("niwaki_batch_duration_seconds_count", 1.0),
-        ("niwaki_batch_padding_tokens_total", 0.0),
-        ("niwaki_inference_errors_total", 1.0),
-        ("niwaki_queue_capacity", 1000.0),
-        ("niwaki_queue_depth", 4.0),
-        ("niwaki_queue_tokens", 99.0),
-        ("niwaki_threads", 2.0),
-        ("niwaki_selfcheck_cosine", 0.998),
-        ("niwaki_ready", 1.0),
-        ("niwaki_requests_in_flight", 1.0),
-        ("niwaki_memory_bytes{kind=\"workspace\"}", 77.0),
-        ("niwaki_memory_bytes{kind=\"tokenizer\"}", 5.0),
-        ("niwaki_build_info{isa=\"portable\",version=\"1\"}", 1.0),
-        ("niwaki_model_info{attention=\"\",family=\"\",model=\"a \\\"b\\\"\",precision=\"\",scheme=\"\"}", 1.0),
-        ("niwaki_model_load_seconds", 0.08),
+        ("requests_total{code=\"200\",route=\"/embed\"}", 2.0),
+        ("requests_total{code=\"418\",route=\"/health\"}", 1.0),
+        ("request_duration_seconds_bucket{route=\"/embed\",le=\"0.0016\"}", 0.0),
+        ("request_duration_seconds_bucket{route=\"/embed\",le=\"0.0032\"}", 2.0),
+        ("stage_duration_seconds_count{stage=\"infer\"}", 1.0),
+        ("rejected_total{reason=\"memory\"}", 1.0),
+        ("rejected_total{reason=\"deadline\"}", 1.0),
+        ("expired_total{stage=\"queue\"}", 1.0),
+        ("cancelled_total", 1.0),
+        ("truncated_total", 1.0),
+        ("input_tokens_total", 17.0),
+        ("input_tokens_bucket{le=\"16\"}", 0.0),
+        ("input_tokens_bucket{le=\"32\"}", 1.0),
+        ("batch_size_sum", 3.0),
+        ("batch_tokens_sum", 40.0),
+        ("batch_duration_seconds_count", 1.0),
+        ("batch_padding_tokens_total", 0.0),
+        ("inference_errors_total", 1.0),
+        ("queue_capacity", 1000.0),
+        ("queue_depth", 4.0),
+        ("queue_tokens", 99.0),
+        ("threads", 2.0),
+        ("selfcheck_cosine", 0.998),
+        ("ready", 1.0),
+        ("requests_in_flight", 1.0),
+        ("memory_bytes{kind=\"workspace\"}", 77.0),
+        ("memory_bytes{kind=\"tokenizer\"}", 5.0),
+        ("build_info{isa=\"portable\",version=\"1\"}", 1.0),
+        ("model_info{attention=\"\",family=\"\",model=\"a \\\"b\\\"\",precision=\"\",scheme=\"\"}", 1.0),
+        ("model_load_seconds", 0.08),
     ] {
         assert_eq!(found.get(name), Some(&value), "{name}");
     }
-    assert!(!found.contains_key("niwaki_build_info{isa=\"avx2\",version=\"1\"}"));
+    assert!(!found.contains_key("build_info{isa=\"avx2\",version=\"1\"}"));
     drop(in_flight);
     assert_eq!(metrics.requests_in_flight(), 0);
     events::draining(&metrics, ms(1));
-    assert_eq!(samples(&metrics.render())["niwaki_ready"], 0.0);
+    assert_eq!(samples(&metrics.render())["ready"], 0.0);
 }
