@@ -3,6 +3,7 @@
 // Ground floor: each of these imports nothing of ours.
 pub mod model;
 pub mod telemetry;
+pub mod text;
 
 // Numeric wing.
 pub mod checkpoint;
