@@ -14,3 +14,4 @@ pub mod exec;
 
 // Service wing.
 pub mod engine;
+pub mod server;

@@ -1,0 +1,128 @@
+//! What the service is told at its start.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use crate::model::Pooling;
+
+/// The model, as the service presents it.
+#[derive(Debug, Clone)]
+pub struct ServedModel {
+    /// Name or path it was loaded by.
+    pub model_id: String,
+    /// Commit or hash it was loaded at.
+    pub model_sha: Option<String>,
+    /// Name in answers.
+    pub served_name: String,
+    /// Model family.
+    pub family: String,
+    /// How the weights are compressed.
+    pub compression: String,
+    /// Precision it is computed in.
+    pub dtype: String,
+    /// Attention pattern.
+    pub attention: String,
+    /// Instruction set of the kernels.
+    pub isa: String,
+    /// How token rows become one row.
+    pub pooling: Pooling,
+    /// Numbers of an embedding.
+    pub d_model: usize,
+    /// Rows of the embedding table; ids beyond are refused.
+    pub vocab_size: usize,
+    /// Longest input in tokens.
+    pub max_input_tokens: usize,
+}
+
+/// Settings of the service. The defaults are Text Embeddings Inference's where it has the setting.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// The model.
+    pub model: ServedModel,
+    /// Keys that clients may use; none means that no key is needed.
+    pub api_keys: Vec<String>,
+    /// Origins that browsers may call from; none means any.
+    pub cors_allow_origin: Vec<String>,
+    /// Largest request body in bytes.
+    pub payload_limit: usize,
+    /// Inputs of one request.
+    pub max_client_batch_size: usize,
+    /// Whether inputs that are too long are cut unless the request says otherwise.
+    pub auto_truncate: bool,
+    /// Deadline of requests that name none, from their arrival.
+    pub default_timeout: Option<Duration>,
+    /// Prompts by name.
+    pub prompts: BTreeMap<String, String>,
+    /// Prompt of requests that name none.
+    pub default_prompt: Option<String>,
+    /// Threads that tokenize.
+    pub tokenization_workers: NonZeroUsize,
+    /// Time a request's head may take to arrive, and a connection may be idle.
+    pub head_timeout: Duration,
+    /// Time a request's body may take to arrive.
+    pub body_timeout: Duration,
+    /// Bytes of request bodies over 64 KiB that may be held at once.
+    pub max_body_bytes: usize,
+}
+
+impl ServerConfig {
+    /// Defaults for `model`.
+    #[must_use]
+    pub fn new(model: ServedModel) -> Self {
+        Self {
+            model,
+            api_keys: Vec::new(),
+            cors_allow_origin: Vec::new(),
+            payload_limit: 2_000_000,
+            max_client_batch_size: 32,
+            auto_truncate: true,
+            default_timeout: None,
+            prompts: BTreeMap::new(),
+            default_prompt: None,
+            tokenization_workers: NonZeroUsize::MIN,
+            // Longer than load balancers keep idle connections (60 s is common), so that they close first.
+            head_timeout: Duration::from_secs(75),
+            body_timeout: Duration::from_secs(30),
+            // Thirty-two bodies of the largest size.
+            max_body_bytes: 64_000_000,
+        }
+    }
+}
+
+/// A setting that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A number out of range.
+    #[error("`{name}` is {got}, it must be between {least} and {most}")]
+    Range {
+        /// The setting.
+        name: &'static str,
+        /// As given.
+        got: usize,
+        /// Smallest value.
+        least: usize,
+        /// Largest value.
+        most: usize,
+    },
+    /// An origin that no browser sends.
+    #[error("`cors_allow_origin`: {origin:?} is no origin such as https://example.org")]
+    Origin {
+        /// As given.
+        origin: String,
+    },
+    /// A key that cannot be sent in a header.
+    #[error("an API key must be made of visible ASCII characters")]
+    Key,
+    /// The longest input would fit no batch, and may not be cut.
+    #[error("the longest input of {max_input_tokens} tokens fits no batch of {max_batch_tokens}, and inputs are not cut")]
+    Batch {
+        /// Longest input.
+        max_input_tokens: usize,
+        /// Largest batch.
+        max_batch_tokens: usize,
+    },
+    /// The tokenizer's threads.
+    #[error(transparent)]
+    Text(#[from] crate::text::TextError),
+}

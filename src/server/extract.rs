@@ -1,0 +1,212 @@
+//! A request's body: read within limits of size, time and memory, and parsed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequest, Request};
+use axum::http::{HeaderMap, header};
+use http_body_util::BodyExt;
+use serde::de::DeserializeOwned;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::error::ServerError;
+use super::layers::{Arrival, REQUEST_TIMEOUT};
+use super::state::AppState;
+use crate::telemetry::{ExpiryStage, events};
+
+/// Bodies up to this size are parsed where they are read, which takes some 100 µs, and cost no share of the memory for
+/// bodies. Larger ones are parsed on the tokenizer's threads.
+pub(crate) const SMALL_BODY: usize = 64 * 1024;
+
+/// A deadline further away than this is a mistake.
+const MAX_TIMEOUT_MS: u64 = 3_600_000;
+
+/// A parsed request.
+#[derive(Debug)]
+pub(crate) struct Call<T> {
+    pub(crate) body: T,
+    pub(crate) clock: Clock,
+    /// Held while the request's content is.
+    _memory: Option<OwnedSemaphorePermit>,
+}
+
+/// When a request came and when its answer is no longer of use.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Clock {
+    pub(crate) start: Instant,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl Clock {
+    fn of(app: &AppState, start: Instant, headers: &HeaderMap) -> Result<Self, ServerError> {
+        let timeout = match headers.get(REQUEST_TIMEOUT) {
+            None => app.config.default_timeout,
+            Some(value) => {
+                let millis = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+                let millis = millis.filter(|millis| (1..=MAX_TIMEOUT_MS).contains(millis));
+                Some(Duration::from_millis(millis.ok_or(ServerError::TimeoutHeader { limit: MAX_TIMEOUT_MS })?))
+            }
+        };
+        Ok(Self { start, deadline: timeout.and_then(|timeout| start.checked_add(timeout)) })
+    }
+
+    /// Waits for `work`, but not beyond the deadline.
+    pub(crate) async fn within<T>(&self, app: &AppState, work: impl Future<Output = T>) -> Result<T, ServerError> {
+        match self.deadline {
+            None => Ok(work.await),
+            Some(deadline) => timeout_at(deadline, work).await.map_err(|_| self.expired(app)),
+        }
+    }
+
+    fn expired(&self, app: &AppState) -> ServerError {
+        events::expired(&app.metrics, ExpiryStage::Tokenize);
+        ServerError::Deadline { waited: self.start.elapsed() }
+    }
+}
+
+impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Call<T> {
+    type Rejection = ServerError;
+
+    async fn from_request(request: Request, app: &AppState) -> Result<Self, ServerError> {
+        let start = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.start);
+        let (head, body) = request.into_parts();
+        let checked = if is_json(&head.headers) { Clock::of(app, start, &head.headers) } else { Err(ServerError::MediaType) };
+        let clock = match checked {
+            Ok(clock) => clock,
+            Err(error) => {
+                discard(&head.headers, body).await;
+                return Err(error);
+            }
+        };
+        let limit = app.config.body_timeout;
+        let last = start + limit;
+        let end = clock.deadline.map_or(last, |deadline| deadline.min(last));
+        let (bytes, memory) = match timeout_at(end, read(app, &head.headers, body)).await {
+            Ok(read) => read?,
+            Err(_) if end < last => return Err(clock.expired(app)),
+            Err(_) => return Err(ServerError::BodyTimeout { limit }),
+        };
+        let body = if bytes.len() <= SMALL_BODY {
+            serde_json::from_slice(&bytes)?
+        } else {
+            let parsing = app.pool.run(move |_, _| serde_json::from_slice(&bytes));
+            clock.within(app, parsing).await?.map_err(ServerError::Pool)??
+        };
+        Ok(Self { body, clock, _memory: memory })
+    }
+}
+
+/// `application/json`, or `application/anything+json`.
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
+    let essence = value.split(';').next().unwrap_or_default().trim();
+    let Some((kind, subtype)) = essence.split_once('/') else { return false };
+    let json_suffix = subtype.rsplit_once('+').is_some_and(|(_, suffix)| suffix.eq_ignore_ascii_case("json"));
+    kind.eq_ignore_ascii_case("application") && (subtype.eq_ignore_ascii_case("json") || json_suffix)
+}
+
+fn declared_len(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// A share of the memory for large bodies and answers. What is larger than all of it takes all of it.
+pub(crate) fn take_memory(app: &AppState, n_bytes: usize) -> Result<OwnedSemaphorePermit, ServerError> {
+    let n_kib = n_bytes.min(app.config.max_body_bytes) / 1024;
+    let n_kib = u32::try_from(n_kib).expect("`max_body_bytes` fits 32 bits: AppState::new");
+    Arc::clone(&app.body_memory).try_acquire_many_owned(n_kib).map_err(|_| ServerError::BodyMemory)
+}
+
+async fn read(
+    app: &AppState,
+    headers: &HeaderMap,
+    mut body: Body,
+) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ServerError> {
+    let limit = app.config.payload_limit;
+    let declared = declared_len(headers).map(|len| usize::try_from(len).unwrap_or(usize::MAX));
+    if declared.is_some_and(|len| len > limit) {
+        discard(headers, body).await;
+        return Err(ServerError::BodyTooLarge { limit });
+    }
+    let mut memory = None;
+    if let Some(len) = declared.filter(|&len| len > SMALL_BODY) {
+        memory = match take_memory(app, len) {
+            Ok(memory) => Some(memory),
+            Err(error) => {
+                discard(headers, body).await;
+                return Err(error);
+            }
+        };
+    }
+    // Most bodies come in one piece, which then is not copied.
+    let mut first = Bytes::new();
+    let mut whole = Vec::new();
+    let mut n_bytes = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(|_| ServerError::Body)?.into_data() else { continue };
+        n_bytes += data.len();
+        if n_bytes > limit {
+            discard(headers, body).await;
+            return Err(ServerError::BodyTooLarge { limit });
+        }
+        if n_bytes > SMALL_BODY && memory.is_none() {
+            memory = Some(take_memory(app, limit)?);
+        }
+        if n_bytes == data.len() {
+            first = data;
+        } else {
+            if whole.is_empty() {
+                whole.reserve_exact(declared.unwrap_or(SMALL_BODY).max(n_bytes));
+                whole.extend_from_slice(&first);
+            }
+            whole.extend_from_slice(&data);
+        }
+    }
+    Ok((if whole.is_empty() { first } else { whole.into() }, memory))
+}
+
+/// Reads a body that nobody wants, up to a bound. Were the connection closed with bytes unread, the client's system
+/// would throw the answer away, and a client that sends too much would never learn so.
+pub(crate) async fn discard(headers: &HeaderMap, mut body: Body) {
+    const MAX_BYTES: usize = 16 << 20;
+    const MAX_TIME: Duration = Duration::from_secs(2);
+    // Such a client waits for leave to send, and takes the answer as its refusal.
+    if headers.contains_key(header::EXPECT) {
+        return;
+    }
+    let all = async {
+        let mut n_bytes = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            n_bytes += frame.data_ref().map_or(0, Bytes::len);
+            if n_bytes > MAX_BYTES {
+                return;
+            }
+        }
+    };
+    // Past the time the connection is closed as it is.
+    timeout(MAX_TIME, all).await.ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn media_types_of_json() {
+        for (value, expected) in [
+            ("application/json", true),
+            ("Application/JSON; charset=utf-8", true),
+            ("application/vnd.api+json", true),
+            ("text/json", false),
+            ("application/jsonx", false),
+            ("application/x-www-form-urlencoded", false),
+            ("json", false),
+            ("", false),
+        ] {
+            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, value.parse().unwrap())]);
+            assert_eq!(is_json(&headers), expected, "{value}");
+        }
+        assert!(!is_json(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,206 @@
+//! What every request passes on its way in and out.
+//!
+//! ```text
+//! front: clock, request id, count  →  CORS  →  guard: key, phase  →  gzip  →  catch panics  →  route
+//!        bodies of errors       ←
+//! ```
+//!
+//! CORS stands before the key, because a browser's preflight carries none, and because it must be let read a 401.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, HttpBody};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use tokio::time::Instant;
+use tower::ServiceBuilder;
+use tower_http::CompressionLevel;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use uuid::Uuid;
+
+use super::error::{Dialect, ServerError, Unwritten};
+use super::extract;
+use super::routes::embed::TIMING_HEADERS;
+use super::state::{AppState, Phase};
+use crate::telemetry::events::ResponseStats;
+use crate::telemetry::{RejectReason, Route, events};
+
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// The wildcard route of models: their names hold slashes.
+pub(crate) const MODEL_PATH: &str = "/v1/models/{*id}";
+
+/// Below this, gzip costs more time than the bytes it saves take on a network: a single embedding stays as it is.
+const GZIP_ABOVE: u64 = 32 * 1024;
+
+/// When a client that found the service draining may find another one at its address.
+const DRAIN_RETRY: Duration = Duration::from_secs(1);
+
+/// What is known of a request on arrival.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    pub(crate) start: Instant,
+    pub(crate) route: Route,
+}
+
+/// Puts the layers around all routes, and around what matches none.
+pub(crate) fn around(router: Router, state: &AppState) -> Router {
+    let gzip_when = SizeAbove::new(GZIP_ABOVE).and(NotForContentType::const_new("text/event-stream"));
+    let layers = ServiceBuilder::new()
+        .layer(from_fn_with_state(state.clone(), front))
+        .layer(cors(&state.cors_origins))
+        .layer(from_fn_with_state(state.clone(), guard))
+        .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(gzip_when))
+        .layer(CatchPanicLayer::custom(|_| ServerError::Internal.into_response()));
+    router.layer(layers)
+}
+
+fn cors(origins: &[HeaderValue]) -> CorsLayer {
+    let exposed = TIMING_HEADERS.into_iter().chain([REQUEST_ID, header::RETRY_AFTER]);
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, API_KEY, REQUEST_ID, REQUEST_TIMEOUT])
+        .expose_headers(exposed.collect::<Vec<_>>())
+        .max_age(Duration::from_secs(3600));
+    if origins.is_empty() { layer.allow_origin(Any) } else { layer.allow_origin(AllowOrigin::list(origins.to_vec())) }
+}
+
+fn route_of(request: &Request) -> Route {
+    match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
+        None => Route::Other,
+        Some(MODEL_PATH) => Route::Model,
+        Some(path) => Route::matched(path),
+    }
+}
+
+/// Times, names and counts every response, and writes the bodies of errors.
+async fn front(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
+    let arrival = Arrival { start: Instant::now(), route: route_of(&request) };
+    let dialect = Dialect::of(arrival.route, request.uri().path());
+    let request_id = request_id(request.headers());
+    let old_protocol = request.version() < Version::HTTP_2;
+    let _in_flight = app.metrics.in_flight();
+    request.extensions_mut().insert(arrival);
+    let work = is_work(arrival.route, request.method());
+    let mut response = write_error(&app, next.run(request).await, dialect, work);
+    // In HTTP/2 the connection is told to go away by a frame of its own.
+    if old_protocol && app.readiness.phase() == Phase::Draining {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    let stats = ResponseStats {
+        route: arrival.route,
+        code: response.status().as_u16(),
+        duration: arrival.start.elapsed(),
+        request_id: request_id.to_str().unwrap_or_default(),
+    };
+    events::response_sent(&app.metrics, &stats);
+    response.headers_mut().insert(REQUEST_ID, request_id);
+    response
+}
+
+/// The client's id if it can be written to a log as it is, else a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    const MAX_LEN: usize = 128;
+    let acceptable = |id: &&HeaderValue| {
+        (1..=MAX_LEN).contains(&id.len())
+            && id.as_bytes().iter().all(|&byte| byte.is_ascii_alphanumeric() || b"-_.:/+=@~".contains(&byte))
+    };
+    headers.get(REQUEST_ID).filter(acceptable).cloned().unwrap_or_else(|| {
+        let mut text = Uuid::encode_buffer();
+        let text = Uuid::now_v7().hyphenated().encode_lower(&mut text);
+        HeaderValue::from_str(text).expect("a UUID is made of hexadecimal digits and hyphens")
+    })
+}
+
+/// Gives a failure its body and counts it. A probe that is told to wait is no refusal.
+fn write_error(app: &AppState, mut response: Response, dialect: Dialect, work: bool) -> Response {
+    let error = match response.extensions_mut().remove::<Unwritten>() {
+        Some(Unwritten(error)) => error,
+        // Made by the router or by the pages of the documentation.
+        None => match ServerError::of_status(response.status()) {
+            Some(error) => error.into(),
+            None => return response,
+        },
+    };
+    if let Some(reason) = error.reject_reason().filter(|&reason| work || reason == RejectReason::Auth) {
+        events::rejected(&app.metrics, reason);
+    }
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.remove(header::CONTENT_LENGTH);
+    *response.body_mut() = Body::from(error.body(dialect));
+    response
+}
+
+/// Whether `route` asks something of the tokenizer or the model.
+fn is_work(route: Route, method: &Method) -> bool {
+    match route {
+        Route::Embed
+        | Route::EmbedAll
+        | Route::Similarity
+        | Route::Tokenize
+        | Route::Decode
+        | Route::OpenAiEmbeddings
+        | Route::Embeddings
+        | Route::Root => method == Method::POST,
+        Route::Models
+        | Route::Model
+        | Route::Info
+        | Route::Health
+        | Route::HealthLive
+        | Route::HealthReady
+        | Route::Ping
+        | Route::Metrics
+        | Route::Docs
+        | Route::OpenApi
+        | Route::Other => false,
+    }
+}
+
+/// Whether `route` is behind the key: work, and what tells about the model.
+fn needs_key(route: Route, method: &Method) -> bool {
+    is_work(route, method) || matches!(route, Route::Models | Route::Model | Route::Info)
+}
+
+fn has_key(app: &AppState, headers: &HeaderMap) -> bool {
+    let bearer = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes).and_then(|value| {
+        let (scheme, key) = value.split_at_checked("Bearer ".len())?;
+        scheme.eq_ignore_ascii_case(b"Bearer ").then(|| key.trim_ascii())
+    });
+    let key = bearer.or_else(|| headers.get(API_KEY).map(HeaderValue::as_bytes));
+    key.is_some_and(|key| app.accepts(key))
+}
+
+/// Lets in who has the key, and work only while the service is ready.
+async fn guard(State(app): State<AppState>, request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<Arrival>().map_or(Route::Other, |arrival| arrival.route);
+    let locked = !app.config.api_keys.is_empty() && needs_key(route, request.method());
+    if locked && !has_key(&app, request.headers()) {
+        return refuse(request, ServerError::Unauthorized).await;
+    }
+    if !is_work(route, request.method()) {
+        return next.run(request).await;
+    }
+    let _work = app.work.begin();
+    match app.readiness.phase() {
+        Phase::Ready => next.run(request).await,
+        Phase::Loading => refuse(request, ServerError::Loading).await,
+        Phase::Draining => refuse(request, ServerError::Draining { retry_after: DRAIN_RETRY }).await,
+    }
+}
+
+async fn refuse(request: Request, error: ServerError) -> Response {
+    let (head, body) = request.into_parts();
+    if !body.is_end_stream() {
+        extract::discard(&head.headers, body).await;
+    }
+    error.into_response()
+}

@@ -1,0 +1,25 @@
+//! The service's face: HTTP in, HTTP out.
+//!
+//! `api` holds the wire types and is the only serde of the service, `error` the only status codes, `layers` what every
+//! request passes, `extract` and `inputs` the way in, `rows` the way out. [`router`] is the whole service without a
+//! socket, [`serve`] puts it on one and drains it.
+
+pub mod api;
+mod config;
+pub mod error;
+mod extract;
+mod inputs;
+mod layers;
+pub mod openapi;
+mod router;
+mod routes;
+mod rows;
+mod serve;
+mod shutdown;
+mod state;
+
+pub use config::{ConfigError, ServedModel, ServerConfig};
+pub use router::router;
+pub use serve::serve;
+pub use shutdown::termination;
+pub use state::{AppState, Phase, Readiness};

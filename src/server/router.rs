@@ -1,0 +1,33 @@
+//! Which path leads where.
+
+use axum::Router;
+use axum::routing::{get, post};
+use utoipa_swagger_ui::SwaggerUi;
+
+use super::routes::{embed, ops, text};
+use super::state::AppState;
+use super::{layers, openapi};
+
+/// The whole service, without a socket.
+pub fn router(state: AppState) -> Router {
+    let routes = Router::new()
+        .route("/", get(ops::root).post(embed::root))
+        .route("/embed", post(embed::embed))
+        .route("/embed_all", post(embed::embed_all))
+        .route("/similarity", post(embed::similarity))
+        .route("/embeddings", post(embed::embeddings))
+        .route("/v1/embeddings", post(embed::v1_embeddings))
+        .route("/v1/models", get(ops::models))
+        .route(layers::MODEL_PATH, get(ops::model))
+        .route("/tokenize", post(text::tokenize))
+        .route("/decode", post(text::decode))
+        .route("/info", get(ops::info))
+        .route("/health", get(ops::health))
+        .route("/health/live", get(ops::live))
+        .route("/health/ready", get(ops::ready))
+        .route("/ping", get(ops::ping))
+        .route("/metrics", get(ops::metrics))
+        .with_state(state.clone())
+        .merge(SwaggerUi::new("/docs").url("/api-doc/openapi.json", openapi::document()));
+    layers::around(routes, &state)
+}

@@ -1,0 +1,5 @@
+//! The handlers.
+
+pub(crate) mod embed;
+pub(crate) mod ops;
+pub(crate) mod text;

@@ -1,0 +1,288 @@
+//! The service on a socket: connections, and the end of them.
+
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use super::router::router;
+use super::state::AppState;
+use crate::telemetry::events;
+
+/// Streams of an HTTP/2 connection at once; a client of more opens another connection.
+const MAX_STREAMS: u32 = 256;
+
+/// How often an HTTP/2 client is asked whether it is still there.
+const HTTP2_PING: Duration = Duration::from_secs(30);
+
+/// Serves until `shutdown` resolves, then drains: readiness is 503 from then on, new work is refused, and what was
+/// accepted is finished, all within `grace`. New connections are accepted to the last, so that probes and clients get
+/// an answer instead of a refused connection.
+///
+/// # Errors
+/// If the listener has no address.
+pub async fn serve(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()>,
+    grace: Duration,
+) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    let connections = Connections::new(&state);
+    state.readiness().set_ready();
+    events::ready(state.metrics(), address);
+    let start;
+    let end;
+    {
+        let mut accepting = pin!(connections.accept(&listener));
+        tokio::select! {
+            () = accepting.as_mut() => {}
+            () = shutdown => {}
+        }
+        start = Instant::now();
+        // A grace beyond the clock's range is a year.
+        end = start.checked_add(grace).unwrap_or_else(|| start + Duration::from_secs(86_400 * 365));
+        state.readiness().set_draining();
+        events::draining(state.metrics(), grace);
+        tokio::select! {
+            () = accepting => {}
+            () = state.work.ended() => {}
+            () = sleep_until(end) => {}
+        }
+    }
+    drop(listener);
+    // All that was accepted has been handed in by now, or has run out of time.
+    state.engine.close();
+    let n_cut = connections.close(end).await;
+    // What is left is computed for nobody; a worker in the middle of a batch is not waited for beyond the grace.
+    timeout_at(end, state.engine.drained()).await.ok();
+    events::drained(n_cut, start.elapsed());
+    Ok(())
+}
+
+struct Connections {
+    app: Router,
+    tasks: TaskTracker,
+    /// Finish the request at hand, take no other.
+    closing: CancellationToken,
+    /// Stop now.
+    cut: CancellationToken,
+    head_timeout: Duration,
+    /// How long a client may take nothing of what is sent to it.
+    write_timeout: Duration,
+}
+
+impl Connections {
+    fn new(state: &AppState) -> Self {
+        Self {
+            app: router(state.clone()),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            head_timeout: state.config.head_timeout,
+            write_timeout: state.config.body_timeout,
+        }
+    }
+
+    /// Accepts connections for ever.
+    async fn accept(&self, listener: &TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => self.spawn(stream),
+                Err(error) if is_the_clients(&error) => debug!(%error, "connection lost before it was accepted"),
+                Err(error) => {
+                    // Mostly too many open files: more of the same would come at once, and closing some takes time.
+                    warn!(%error, "cannot accept connections");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn spawn(&self, stream: TcpStream) {
+        // Answers are written in one piece: waiting to fill a packet only delays them.
+        if let Err(error) = stream.set_nodelay(true) {
+            debug!(%error, "cannot set TCP_NODELAY");
+        }
+        let service = TowerToHyperService::new(self.app.clone());
+        let (closing, cut) = (self.closing.clone(), self.cut.clone());
+        let (head_timeout, write_timeout) = (self.head_timeout, self.write_timeout);
+        /// Drives `connection` to its end, its last request, or the cut.
+        macro_rules! drive {
+            ($connection:expr) => {{
+                let mut connection = pin!($connection);
+                tokio::select! {
+                    result = connection.as_mut() => result,
+                    () = closing.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                }
+            }};
+        }
+        self.tasks.spawn(async move {
+            let serving = async {
+                let version = tokio::select! {
+                    version = timeout(head_timeout, protocol(&stream)) => version,
+                    () = closing.cancelled() => return,
+                };
+                let Ok(Ok(Some(version))) = version else { return };
+                let io = TokioIo::new(WriteTimeout::new(stream, write_timeout));
+                let result = match version {
+                    Protocol::Http1 => {
+                        let mut http = http1::Builder::new();
+                        http.timer(TokioTimer::new()).header_read_timeout(head_timeout);
+                        drive!(http.serve_connection(io, service))
+                    }
+                    Protocol::Http2 => {
+                        let mut http = http2::Builder::new(TokioExecutor::new());
+                        http.timer(TokioTimer::new())
+                            .keep_alive_interval(HTTP2_PING)
+                            .max_concurrent_streams(MAX_STREAMS);
+                        drive!(http.serve_connection(io, service))
+                    }
+                };
+                if let Err(error) = result {
+                    debug!(%error, "connection ended early");
+                }
+            };
+            tokio::select! {
+                () = serving => {}
+                () = cut.cancelled() => {}
+            }
+        });
+    }
+
+    /// Lets connections finish what they are at, until `end`; returns how many had to be cut.
+    async fn close(&self, end: Instant) -> usize {
+        self.closing.cancel();
+        self.tasks.close();
+        if timeout_at(end, self.tasks.wait()).await.is_ok() {
+            return 0;
+        }
+        let n_cut = self.tasks.len();
+        self.cut.cancel();
+        self.tasks.wait().await;
+        n_cut
+    }
+}
+
+fn is_the_clients(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+enum Protocol {
+    Http1,
+    Http2,
+}
+
+/// What the first bytes say, without taking them; `None` if there are none. A client that speaks HTTP/2 outright begins
+/// with `PRI`, and sends that with the rest of its greeting: no other bytes are waited for.
+async fn protocol(stream: &TcpStream) -> io::Result<Option<Protocol>> {
+    let mut first = [0; 3];
+    Ok(match stream.peek(&mut first).await? {
+        0 => None,
+        _ if &first == b"PRI" => Some(Protocol::Http2),
+        _ => Some(Protocol::Http1),
+    })
+}
+
+/// A stream whose writes fail when the other side takes nothing for too long. Without that a client which never reads
+/// its answer would keep it in memory.
+struct WriteTimeout<S> {
+    stream: S,
+    limit: Duration,
+    /// Set while a write waits.
+    waiting: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S: AsyncWrite + Unpin> WriteTimeout<S> {
+    fn new(stream: S, limit: Duration) -> Self {
+        Self { stream, limit, waiting: None }
+    }
+
+    fn watch<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        let result = write(Pin::new(&mut self.stream), context);
+        if result.is_ready() {
+            self.waiting = None;
+            return result;
+        }
+        let limit = self.limit;
+        let waiting = self.waiting.get_or_insert_with(|| Box::pin(sleep(limit)));
+        ready!(waiting.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteTimeout<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.watch(context, |stream, context| stream.poll_write(context, bytes))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.watch(context, |stream, context| stream.poll_write_vectored(context, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.watch(context, |stream, context| stream.poll_flush(context))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.watch(context, |stream, context| stream.poll_shutdown(context))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeout<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_takes_nothing_is_given_up() {
+        let (near, mut far) = duplex(16);
+        let mut near = WriteTimeout::new(near, Duration::from_secs(30));
+        let start = Instant::now();
+        let writing = tokio::spawn(async move { near.write_all(&[7; 100]).await.map_err(|error| error.kind()) });
+        sleep(Duration::from_secs(20)).await;
+        // Taking some starts the time anew.
+        let mut some = [0; 10];
+        far.read_exact(&mut some).await.unwrap();
+        assert_eq!(writing.await.unwrap(), Err(io::ErrorKind::TimedOut));
+        assert_eq!(start.elapsed().as_secs(), 50);
+    }
+}
