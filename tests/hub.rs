@@ -1,4 +1,5 @@
 //! Downloads from a stand-in of the Hugging Face hub: what arrives, and what is done about everything that can go wrong.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "common/hub_server.rs"]
 mod hub_server;
@@ -49,6 +50,7 @@ impl Client {
         let mut config = HubConfig::from_env(&|_| None);
         config.endpoint = endpoint.to_owned();
         config.cache = Some(dir.path().join("cache"));
+        config.use_proxy = false;
         config.patience = Patience {
             connect: Duration::from_secs(2),
             read: Duration::from_secs(5),
@@ -262,7 +264,7 @@ fn refusals_say_what_to_do() {
 fn passing_trouble_is_waited_for_and_lasting_trouble_is_not() {
     let mut repo = repo();
     repo.first_replies =
-        vec![Reply::new(503, ""), Reply::new(429, "slow down").header("Retry-After", 0), Reply::new(500, "")];
+        vec![Reply::new(503, ""), Reply::new(429, "slow down").header("Retry-After", &0), Reply::new(500, "")];
     let stand_in = repo.clone().serve();
     let mut client = Client::of(&stand_in);
     client.config.patience.attempts = 4;
@@ -411,7 +413,7 @@ fn a_snapshot_of_another_tool_is_completed() {
 
 #[test]
 fn a_silent_server_is_not_waited_for_forever() {
-    let stall = || Reply { stall: Some(Duration::from_secs(30)), ..Reply::new(200, "").header("Content-Length", 100) };
+    let stall = || Reply { stall: Some(Duration::from_secs(30)), ..Reply::new(200, "").header("Content-Length", &100) };
     let server = Server::start(move |_| stall());
     let mut client = Client::at(&server.url);
     client.config.patience.read = Duration::from_millis(200);
@@ -423,7 +425,7 @@ fn a_silent_server_is_not_waited_for_forever() {
 
 #[test]
 fn senseless_answers_are_errors() {
-    let redirect = |to: &'static str| Server::start(move |_| Reply::new(302, "").header("Location", to));
+    let redirect = |to: &'static str| Server::start(move |_| Reply::new(302, "").header("Location", &to));
     for (to, expected) in [("/again", "redirects"), ("file:///etc/passwd", "redirect to nowhere"), ("", "nowhere")] {
         let server = redirect(to);
         let error = Client::at(&server.url).download().unwrap_err();

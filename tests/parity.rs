@@ -1,6 +1,7 @@
 //! Players against PyTorch: layer by layer on small models of every family, and on a real encoder.
 //!
 //! The golden values are made by `tests/golden/make_golden.py`, in f64 from the stored weights.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

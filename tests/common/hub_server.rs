@@ -42,8 +42,8 @@ impl Reply {
         Self { status, body: body.into(), ..Self::default() }
     }
 
-    pub(crate) fn header(mut self, name: &str, value: impl ToString) -> Self {
-        self.headers.push((name.to_owned(), value.to_string()));
+    pub(crate) fn header(mut self, name: &str, value: &(impl std::fmt::Display + ?Sized)) -> Self {
+        self.headers.push((name.to_owned(), format!("{value}")));
         self
     }
 }
@@ -204,12 +204,12 @@ impl Repo {
         };
         let etag = self.etag(file);
         if !is_large(file) {
-            return Reply::new(200, content.clone()).header("ETag", format!("\"{etag}\""));
+            return Reply::new(200, content.clone()).header("ETag", &format!("\"{etag}\""));
         }
         Reply::new(302, "Found")
-            .header("Location", format!("{storage_url}/storage/{file}?signature=secret"))
-            .header("X-Linked-Etag", format!("\"{etag}\""))
-            .header("X-Linked-Size", self.false_size.unwrap_or(content.len() as u64))
+            .header("Location", &format!("{storage_url}/storage/{file}?signature=secret"))
+            .header("X-Linked-Etag", &format!("\"{etag}\""))
+            .header("X-Linked-Size", &self.false_size.unwrap_or(content.len() as u64))
     }
 
     fn stored(&self, request: &Request, n_stored: &AtomicUsize) -> Reply {
@@ -220,7 +220,7 @@ impl Repo {
         let mut reply = match asked {
             Some(_) if start >= content.len() => return Reply::new(416, ""),
             Some(_) => Reply::new(206, &content[start..])
-                .header("Content-Range", format!("bytes {start}-{}/{}", content.len() - 1, content.len())),
+                .header("Content-Range", &format!("bytes {start}-{}/{}", content.len() - 1, content.len())),
             None => Reply::new(200, content.clone()),
         };
         if n_stored.fetch_add(1, Ordering::Relaxed) < self.cuts {

@@ -22,6 +22,8 @@ pub struct HubConfig {
     pub offline: bool,
     /// Certificate authorities (PEM) to trust in place of the built-in ones.
     pub ca_file: Option<PathBuf>,
+    /// Go through the proxy that `HTTPS_PROXY`, `HTTP_PROXY` or `ALL_PROXY` names, except where `NO_PROXY` says not to.
+    pub use_proxy: bool,
     /// Time limits.
     pub patience: Patience,
 }
@@ -83,6 +85,7 @@ impl HubConfig {
             cache: path(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).or_else(|| hf_home.map(|dir| dir.join("hub"))),
             offline: is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE"),
             ca_file: path(&["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]),
+            use_proxy: true,
             patience: Patience::default(),
         }
     }
@@ -100,7 +103,9 @@ impl HubConfig {
         {
             tls = tls.root_certs(root_certs(path)?);
         }
+        let proxy = if self.use_proxy { ureq::Proxy::try_from_env() } else { None };
         let config = ureq::Agent::config_builder()
+            .proxy(proxy)
             .http_status_as_error(false)
             .max_redirects(0)
             .timeout_resolve(Some(connect))
@@ -124,6 +129,7 @@ impl fmt::Debug for HubConfig {
             .field("cache", &self.cache)
             .field("offline", &self.offline)
             .field("ca_file", &self.ca_file)
+            .field("use_proxy", &self.use_proxy)
             .field("patience", &self.patience)
             .finish()
     }

@@ -94,6 +94,7 @@ impl<'a> Client<'a> {
         let authorization = config
             .token
             .as_ref()
+            .filter(|token| !token.is_empty()) // an empty variable means none
             .map(|token| HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| HubError::Token))
             .transpose()?;
         let (agent, patience) = (config.agent()?, config.patience);
