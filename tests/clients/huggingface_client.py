@@ -53,21 +53,27 @@ class StandIn:
     def __enter__(self):
         files = {str(path.relative_to(GOLDEN)): path.read_bytes() for path in GOLDEN.rglob("*") if path.is_file()}
 
+        def digest(name):  # large files go by their SHA-256, others by the id of their git blob
+            if name.endswith(".safetensors"):
+                return hashlib.sha256(files[name]).hexdigest()
+            return hashlib.sha1(f"blob {len(files[name])}\0".encode() + files[name]).hexdigest()
+
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 path = self.path.partition("?")[0]
+                if path.startswith("/api/models/org/tiny/tree/"):
+                    entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": digest(name)}
+                               for name in sorted(files)]
+                    return self.send(json.dumps(entries).encode(), {"Content-Type": "application/json"})
                 if path.startswith("/api/models/org/tiny"):
                     siblings = [{"rfilename": name} for name in sorted(files)]
                     model = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [],
-                             "downloads": 0, "likes": 0, "_id": "0", "modelId": "org/tiny"}
+                             "downloads": 0, "likes": 0}
                     return self.send(json.dumps(model).encode(), {"Content-Type": "application/json"})
                 name = path.split("/", 5)[-1]
                 if name not in files:
                     return self.send(b"Entry not found", {"X-Error-Code": "EntryNotFound"}, 404)
-                large = name.endswith(".safetensors")
-                blob = b"" if large else f"blob {len(files[name])}\0".encode()
-                etag = (hashlib.sha256 if large else hashlib.sha1)(blob + files[name]).hexdigest()
-                self.send(files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+                self.send(files[name], {"ETag": f'"{digest(name)}"', "X-Repo-Commit": COMMIT})
 
             do_HEAD = do_GET
 
