@@ -1,3 +1,9 @@
 //! Compresses a Hugging Face Transformer and serves it over HTTP.
 
-fn main() {}
+/// Counts what is allocated, for the memory metrics.
+#[global_allocator]
+static ALLOCATOR: niwaki::telemetry::allocator::CountingAllocator = niwaki::telemetry::allocator::CountingAllocator;
+
+fn main() -> std::process::ExitCode {
+    niwaki::cli::run()
+}

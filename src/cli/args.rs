@@ -231,9 +231,6 @@ pub struct EmbedArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Scale every embedding to length 1.
-    #[arg(long, default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
-    pub normalize: bool,
 }
 
 /// Flags of `niwaki bench`.

@@ -1,0 +1,49 @@
+//! The command line: flags, and the only place where all rooms meet.
+
+mod args;
+mod bench;
+mod compress;
+mod default_model;
+mod eval;
+mod health;
+mod inspect;
+mod model;
+mod parse;
+mod players;
+mod progress;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+
+/// Runs the program. Usage errors, unreadable models and bad input end with exit code 2 and one line on standard error.
+#[must_use]
+pub fn run() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Compress(args) => compress::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Embed(args) => eval::embed_lines(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Health(args) => health::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // A closed pipe is the reader's way to say that it has enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("niwaki: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
