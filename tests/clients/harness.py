@@ -65,7 +65,7 @@ class Server:
             time.sleep(0.02)
         self.process.kill()
         with open(self.log.name) as log:
-            raise SystemExit(f"the server did not become ready:\n{log.read()}")
+            raise RuntimeError(f"the server did not become ready:\n{log.read()}")
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

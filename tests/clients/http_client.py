@@ -134,12 +134,12 @@ def operations_routes_answer(url):
 
 @check
 def counts_add_up(url):
-    before = [metric(url, "niwaki_requests_total", route="embed", code=code) for code in ("200", "400")]
+    before = [metric(url, "niwaki_requests_total", route="/embed", code=code) for code in ("200", "400")]
     for _ in range(7):
         call(url, "POST", "/embed", {"inputs": "x"})
     for _ in range(3):
         call(url, "POST", "/embed", {"inputs": ""})
-    after = [metric(url, "niwaki_requests_total", route="embed", code=code) for code in ("200", "400")]
+    after = [metric(url, "niwaki_requests_total", route="/embed", code=code) for code in ("200", "400")]
     assert [b - a for a, b in zip(before, after)] == [7, 3]
 
 
