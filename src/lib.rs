@@ -15,3 +15,6 @@ pub mod exec;
 // Service wing.
 pub mod engine;
 pub mod server;
+
+// Workshop wing.
+pub mod eval;

@@ -1,0 +1,56 @@
+//! What can go wrong in an evaluation.
+
+use std::path::PathBuf;
+
+use super::EncodeError;
+use crate::model::ModelError;
+
+/// An error of an evaluation; each names the file and line, or the text.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file that is not UTF-8.
+    #[error("{}: not UTF-8 text (byte {offset})", path.display())]
+    NotText {
+        /// The file.
+        path: PathBuf,
+        /// Offset of the first bad byte.
+        offset: usize,
+    },
+    /// A line that does not have the expected columns.
+    #[error("{}:{line}: {reason}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file with too little in it to measure on.
+    #[error("{}: {got} usable lines, at least {needed} are needed", path.display())]
+    TooFew {
+        /// The file.
+        path: PathBuf,
+        /// Lines found.
+        got: usize,
+        /// Lines needed.
+        needed: usize,
+    },
+    /// Two models whose embeddings cannot be compared.
+    #[error("embeddings of widths {0} and {1} cannot be compared")]
+    Widths(usize, usize),
+    /// The tokenizer failed.
+    #[error("tokenizer: {0}")]
+    Encode(#[source] EncodeError),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}

@@ -1,0 +1,96 @@
+//! How close a model's embeddings are to another model's, text by text.
+
+use std::path::Path;
+
+use super::embed::{Embeddings, Encode, embed};
+use super::{EvalError, stats};
+use crate::model::Forward;
+
+/// Cosines between two models' embeddings of the same texts.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Fidelity {
+    /// Texts.
+    pub n_texts: usize,
+    /// Mean.
+    pub mean: f64,
+    /// First percentile: what the mean hides.
+    pub p1: f64,
+    /// The worst text.
+    pub min: f64,
+}
+
+pub(super) fn read_text(path: &Path) -> Result<String, EvalError> {
+    let bytes = std::fs::read(path).map_err(|source| EvalError::Io { path: path.to_owned(), source })?;
+    String::from_utf8(bytes)
+        .map_err(|error| EvalError::NotText { path: path.to_owned(), offset: error.utf8_error().valid_up_to() })
+}
+
+/// Reads one text a line; empty lines are skipped. A line that is a JSON string stands for that string, so that texts
+/// may hold line breaks.
+///
+/// # Errors
+/// If the file cannot be read, is not UTF-8, or holds no text.
+pub fn read_lines(path: &Path) -> Result<Vec<String>, EvalError> {
+    let text = read_text(path)?;
+    let lines: Vec<String> = text
+        .lines()
+        .map(str::trim)
+        .map(|line| serde_json::from_str::<String>(line).unwrap_or_else(|_| line.to_owned()))
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    if lines.is_empty() {
+        return Err(EvalError::TooFew { path: path.to_owned(), got: 0, needed: 1 });
+    }
+    Ok(lines)
+}
+
+/// Measures embeddings that exist already.
+///
+/// # Errors
+/// If the widths differ.
+///
+/// # Panics
+/// If the numbers of rows differ or are 0.
+pub fn compare(reference: &Embeddings, model: &Embeddings) -> Result<Fidelity, EvalError> {
+    assert!(reference.len() == model.len() && !model.is_empty(), "the same texts on both sides");
+    if reference.width() != model.width() {
+        return Err(EvalError::Widths(reference.width(), model.width()));
+    }
+    let mut cosines: Vec<f64> = (0..model.len()).map(|index| reference.cosine(index, model, index)).collect();
+    let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
+    cosines.sort_by(f64::total_cmp);
+    Ok(Fidelity { n_texts: cosines.len(), mean, p1: stats::quantile(&cosines, 0.01), min: cosines[0] })
+}
+
+/// Embeds `texts` with both models and compares.
+///
+/// # Errors
+/// If a tokenizer or model fails, or the widths differ.
+pub fn fidelity(
+    reference: (&mut dyn Forward, &Encode<'_>),
+    model: (&mut dyn Forward, &Encode<'_>),
+    texts: &[&str],
+    mut progress: impl FnMut(usize),
+) -> Result<Fidelity, EvalError> {
+    let expected = embed(reference.0, reference.1, texts, &mut progress)?;
+    let got = embed(model.0, model.1, texts, &mut progress)?;
+    compare(&expected, &got)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_may_be_plain_or_json_strings() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("texts");
+        std::fs::write(&path, "plain text\n\n\"two\\nlines\"\n\"not closed\n").unwrap();
+        assert_eq!(read_lines(&path).unwrap(), ["plain text", "two\nlines", "\"not closed"]);
+        std::fs::write(&path, b"ok\n\xff\n").unwrap();
+        assert!(matches!(read_lines(&path), Err(EvalError::NotText { offset: 3, .. })));
+        std::fs::write(&path, " \n\n").unwrap();
+        assert!(matches!(read_lines(&path), Err(EvalError::TooFew { got: 0, .. })));
+        assert!(matches!(read_lines(&dir.path().join("missing")), Err(EvalError::Io { .. })));
+    }
+}
