@@ -7,15 +7,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Compresses a Hugging Face Transformer and serves it over HTTP on ordinary CPUs.
 #[derive(Debug, Parser)]
 #[command(name = "niwaki", version, about, max_term_width = 100)]
-pub struct Cli {
+pub(super) struct Cli {
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub(super) command: Command,
 }
 
 /// The verbs of the program.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     /// Serve a model over HTTP. Without --model, the model inside the binary is served.
     Serve(Box<ServeArgs>),
     /// Compress a model directory into an artefact that `serve` reads.
@@ -34,46 +34,46 @@ pub enum Command {
 
 /// Which model, and how it is run.
 #[derive(Debug, Clone, Args)]
-pub struct ModelArgs {
+pub(super) struct ModelArgs {
     /// A Hugging Face model directory or an artefact written by `niwaki compress`.
     #[arg(long, env = "MODEL", value_name = "DIR", conflicts_with = "model_id")]
-    pub model: Option<PathBuf>,
+    pub(super) model: Option<PathBuf>,
     /// A model of the Hugging Face hub, downloaded once into the cache.
     #[arg(long, env = "MODEL_ID", value_name = "ORG/NAME")]
-    pub model_id: Option<String>,
+    pub(super) model_id: Option<String>,
     /// Branch, tag or commit of --model-id.
     #[arg(long, env = "REVISION", default_value = "main")]
-    pub revision: String,
+    pub(super) revision: String,
     /// Access token of the hub.
     #[arg(long, env = "HF_TOKEN", hide_env_values = true)]
-    pub hf_token: Option<String>,
+    pub(super) hf_token: Option<String>,
     /// Where downloads are kept (default: $HF_HOME/hub or ~/.cache/huggingface/hub).
     #[arg(long, env = "HUGGINGFACE_HUB_CACHE", value_name = "DIR")]
-    pub huggingface_hub_cache: Option<PathBuf>,
+    pub(super) huggingface_hub_cache: Option<PathBuf>,
     /// Numbers to compute with. An f32 checkpoint is quantized when it is loaded for int8.
     #[arg(long, env = "PRECISION", value_enum, default_value_t = Precision::Int8)]
-    pub precision: Precision,
+    pub(super) precision: Precision,
     /// Sentence pooling, instead of the model's own.
     #[arg(long, env = "POOLING", value_enum)]
-    pub pooling: Option<PoolingArg>,
+    pub(super) pooling: Option<PoolingArg>,
     /// Run attention banded: `window=W` keys on either side of a token, `globals=cls` or a count of leading tokens
     /// that see and are seen by all. Positions repeat beyond the model's table.
     #[arg(long, env = "ATTENTION", value_name = "window=W[,globals=G]", value_parser = super::parse::attention)]
-    pub attention: Option<crate::model::Band>,
+    pub(super) attention: Option<crate::model::Band>,
     /// Longest input in tokens (default: the model's limit; with --attention 8192).
     #[arg(long, env = "MAX_INPUT_LENGTH", value_name = "TOKENS")]
-    pub max_input_length: Option<usize>,
+    pub(super) max_input_length: Option<usize>,
     /// Threads that compute (default: the CPU quota of the cgroup, at most the processors there are).
     #[arg(long, env = "NIWAKI_THREADS")]
-    pub threads: Option<std::num::NonZeroUsize>,
+    pub(super) threads: Option<std::num::NonZeroUsize>,
     /// Instruction set, instead of the best that the processor has.
     #[arg(long, env = "NIWAKI_ISA", value_name = "ISA")]
-    pub isa: Option<String>,
+    pub(super) isa: Option<String>,
 }
 
 /// Numbers to compute with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Precision {
+pub(super) enum Precision {
     /// 8-bit integers, own kernels.
     Int8,
     /// Single precision, the reference.
@@ -82,7 +82,7 @@ pub enum Precision {
 
 /// Sentence pooling by its usual names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PoolingArg {
+pub(super) enum PoolingArg {
     /// The first token.
     Cls,
     /// The mean of all tokens.
@@ -95,186 +95,186 @@ pub enum PoolingArg {
 
 /// Flags of `niwaki serve`; those that Text Embeddings Inference has too carry its names and defaults.
 #[derive(Debug, Args)]
-pub struct ServeArgs {
+pub(super) struct ServeArgs {
     /// The model.
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Address to listen on. (Not read from HOSTNAME, which container runtimes set to the container's own name.)
     #[arg(long, env = "NIWAKI_HOSTNAME", default_value = "0.0.0.0")]
-    pub hostname: String,
+    pub(super) hostname: String,
     /// Port to listen on; 0 picks a free one.
     #[arg(short, long, env = "PORT", default_value_t = 3000)]
-    pub port: u16,
+    pub(super) port: u16,
     /// Name of the model in answers.
     #[arg(long, env = "SERVED_MODEL_NAME")]
-    pub served_model_name: Option<String>,
+    pub(super) served_model_name: Option<String>,
     /// Threads that tokenize (default: the computing threads).
     #[arg(long, env = "TOKENIZATION_WORKERS")]
-    pub tokenization_workers: Option<std::num::NonZeroUsize>,
+    pub(super) tokenization_workers: Option<std::num::NonZeroUsize>,
     /// Inputs that may be in the server at once; more get 429.
     #[arg(long, env = "MAX_CONCURRENT_REQUESTS", default_value_t = 512)]
-    pub max_concurrent_requests: usize,
+    pub(super) max_concurrent_requests: usize,
     /// Tokens of one batch.
     #[arg(long, env = "MAX_BATCH_TOKENS", default_value_t = 16_384)]
-    pub max_batch_tokens: usize,
+    pub(super) max_batch_tokens: usize,
     /// Inputs of one batch (default: no limit but the tokens).
     #[arg(long, env = "MAX_BATCH_REQUESTS")]
-    pub max_batch_requests: Option<usize>,
+    pub(super) max_batch_requests: Option<usize>,
     /// Tokens that may wait at once; more get 429.
     #[arg(long, env = "MAX_QUEUE_TOKENS", default_value_t = 262_144)]
-    pub max_queue_tokens: usize,
+    pub(super) max_queue_tokens: usize,
     /// Inputs of one request; more get 422.
     #[arg(long, env = "MAX_CLIENT_BATCH_SIZE", default_value_t = 32)]
-    pub max_client_batch_size: usize,
+    pub(super) max_client_batch_size: usize,
     /// Truncate inputs that are too long (otherwise 422, unless the request asks for truncation).
     #[arg(long, env = "AUTO_TRUNCATE", default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
-    pub auto_truncate: bool,
+    pub(super) auto_truncate: bool,
     /// Name of the prompt put before every input that names none.
     #[arg(long, env = "DEFAULT_PROMPT_NAME", conflicts_with = "default_prompt")]
-    pub default_prompt_name: Option<String>,
+    pub(super) default_prompt_name: Option<String>,
     /// Text put before every input whose request names no prompt.
     #[arg(long, env = "DEFAULT_PROMPT")]
-    pub default_prompt: Option<String>,
+    pub(super) default_prompt: Option<String>,
     /// Largest request body in bytes; more gets 413.
     #[arg(long, env = "PAYLOAD_LIMIT", default_value_t = 2_000_000)]
-    pub payload_limit: usize,
+    pub(super) payload_limit: usize,
     /// Key that clients must send as `Authorization: Bearer KEY`.
     #[arg(long, env = "API_KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
+    pub(super) api_key: Option<String>,
     /// Origins that browsers may call from (default: any).
     #[arg(long, env = "CORS_ALLOW_ORIGIN", value_delimiter = ',')]
-    pub cors_allow_origin: Vec<String>,
+    pub(super) cors_allow_origin: Vec<String>,
     /// Time after which a request that sets no `x-request-timeout-ms` gets 504; 0 means none.
     #[arg(long, env = "DEFAULT_TIMEOUT_MS", value_name = "MS", default_value_t = 30_000)]
-    pub default_timeout_ms: u64,
+    pub(super) default_timeout_ms: u64,
     /// Seconds that requests in flight have to finish after SIGTERM.
     #[arg(long, env = "SHUTDOWN_GRACE", value_name = "SECONDS", default_value_t = 30)]
-    pub shutdown_grace: u64,
+    pub(super) shutdown_grace: u64,
     /// Log as JSON lines.
     #[arg(long, env = "JSON_OUTPUT", default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
-    pub json_output: bool,
+    pub(super) json_output: bool,
 }
 
 /// Flags of `niwaki compress`.
 #[derive(Debug, Args)]
-pub struct CompressArgs {
+pub(super) struct CompressArgs {
     /// The uncompressed Hugging Face model directory.
     #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    pub(super) model: PathBuf,
     /// Directory of the artefact; written whole or not at all.
     #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
+    pub(super) out: PathBuf,
     /// Replace OUT if it exists.
     #[arg(long)]
-    pub force: bool,
+    pub(super) force: bool,
     /// Text that importance and reconstruction are measured on, one text a line; needed for pruning.
     #[arg(long, value_name = "FILE")]
-    pub calibration: Option<PathBuf>,
+    pub(super) calibration: Option<PathBuf>,
     /// Tokens of calibration text to use.
     #[arg(long, default_value_t = 30_000)]
-    pub calibration_tokens: usize,
+    pub(super) calibration_tokens: usize,
     /// Share of all attention heads to remove, 0 to 0.9.
     #[arg(long, default_value_t = 0.0, value_parser = super::parse::share)]
-    pub prune_heads: f64,
+    pub(super) prune_heads: f64,
     /// Share of all FFN neurons to remove, 0 to 0.9.
     #[arg(long, default_value_t = 0.0, value_parser = super::parse::share)]
-    pub prune_ffn: f64,
+    pub(super) prune_ffn: f64,
     /// Band of every layer of the artefact.
     #[arg(long, value_name = "window=W[,globals=G]", value_parser = super::parse::attention)]
-    pub attention: Option<crate::model::Band>,
+    pub(super) attention: Option<crate::model::Band>,
     /// Longest input in tokens (default: the model's; with --attention 8192).
     #[arg(long, value_name = "TOKENS")]
-    pub max_input_length: Option<usize>,
+    pub(super) max_input_length: Option<usize>,
     /// Name of the model in the artefact (default: the name of the directory).
     #[arg(long)]
-    pub name: Option<String>,
+    pub(super) name: Option<String>,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    pub(super) seed: u64,
 }
 
 /// Flags of `niwaki eval`.
 #[derive(Debug, Args)]
-pub struct EvalArgs {
+pub(super) struct EvalArgs {
     /// The model.
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Sentence pairs with scores: STS-B's columns (… score, sentence1, sentence2, separated by tabs) or
     /// `score<TAB>sentence1<TAB>sentence2`.
     #[arg(long, value_name = "FILE")]
-    pub sts: Option<PathBuf>,
+    pub(super) sts: Option<PathBuf>,
     /// Texts, one a line, on which the cosine to --reference is measured.
     #[arg(long, value_name = "FILE", requires = "reference")]
-    pub texts: Option<PathBuf>,
+    pub(super) texts: Option<PathBuf>,
     /// The uncompressed model directory to compare with, run in f32.
     #[arg(long, value_name = "DIR")]
-    pub reference: Option<PathBuf>,
+    pub(super) reference: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(super) json: bool,
 }
 
 /// Flags of `niwaki inspect`.
 #[derive(Debug, Args)]
-pub struct InspectArgs {
+pub(super) struct InspectArgs {
     /// A model directory (default: the model inside the binary).
     #[arg(long, env = "MODEL", value_name = "DIR")]
-    pub model: Option<PathBuf>,
+    pub(super) model: Option<PathBuf>,
     /// Print the manifest and the layers as JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(super) json: bool,
 }
 
 /// Flags of `niwaki embed`.
 #[derive(Debug, Args)]
-pub struct EmbedArgs {
+pub(super) struct EmbedArgs {
     /// The model.
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub(super) model: ModelArgs,
 }
 
 /// Flags of `niwaki bench`.
 #[derive(Debug, Args)]
-pub struct BenchArgs {
+pub(super) struct BenchArgs {
     /// The model.
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Inputs, one JSON value a line: a string, or a list of token ids (default: --sequences of --length tokens).
     #[arg(long, value_name = "FILE")]
-    pub input: Option<PathBuf>,
+    pub(super) input: Option<PathBuf>,
     /// Sequences to make up when there is no input file.
     #[arg(long, default_value_t = 1)]
-    pub sequences: usize,
+    pub(super) sequences: usize,
     /// Tokens of each made-up sequence.
     #[arg(long, default_value_t = 128)]
-    pub length: usize,
+    pub(super) length: usize,
     /// Tokens of one batch.
     #[arg(long, default_value_t = 16_384)]
-    pub max_batch_tokens: usize,
+    pub(super) max_batch_tokens: usize,
     /// Sequences of one batch (default: as many as fit).
     #[arg(long)]
-    pub batch: Option<usize>,
+    pub(super) batch: Option<usize>,
     /// Batches that run at once, each on its share of the threads.
     #[arg(long, default_value = "1")]
-    pub workers: std::num::NonZeroUsize,
+    pub(super) workers: std::num::NonZeroUsize,
     /// Passes over the input that are not counted.
     #[arg(long, default_value_t = 3)]
-    pub warmup: usize,
+    pub(super) warmup: usize,
     /// Passes over the input that are counted.
     #[arg(long, default_value = "20")]
-    pub rounds: std::num::NonZeroUsize,
+    pub(super) rounds: std::num::NonZeroUsize,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(super) json: bool,
 }
 
 /// Flags of `niwaki health`.
 #[derive(Debug, Args)]
-pub struct HealthArgs {
+pub(super) struct HealthArgs {
     /// Host of the server.
     #[arg(long, default_value = "127.0.0.1")]
-    pub host: String,
+    pub(super) host: String,
     /// Port of the server.
     #[arg(short, long, env = "PORT", default_value_t = 3000)]
-    pub port: u16,
+    pub(super) port: u16,
 }

@@ -79,6 +79,21 @@ impl<O: Ops> Model<O> {
         Self { architecture, encoder, ops, group_tokens, memory }
     }
 
+    /// Another player of the same weights.
+    #[must_use]
+    pub fn another(&self) -> Self
+    where
+        O: Clone,
+    {
+        Self {
+            architecture: Arc::clone(&self.architecture),
+            encoder: Arc::clone(&self.encoder),
+            ops: self.ops.clone(),
+            group_tokens: self.group_tokens,
+            memory: self.memory,
+        }
+    }
+
     /// The player.
     pub fn ops_mut(&mut self) -> &mut O {
         &mut self.ops
