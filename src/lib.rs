@@ -1,6 +1,7 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
 // Ground floor: each of these imports nothing of ours.
+pub mod kernels;
 pub mod model;
 pub mod telemetry;
 pub mod text;

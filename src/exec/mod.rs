@@ -2,6 +2,9 @@
 
 pub mod candle;
 pub mod cost;
+pub mod int8;
+pub mod int8_build;
 mod load;
+pub mod workspace;
 
 pub use load::candle_model;

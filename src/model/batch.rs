@@ -143,6 +143,13 @@ impl<'a> Ragged<'a> {
         (self.cu_seqlens[index] - base) as usize..(self.cu_seqlens[index + 1] - base) as usize
     }
 
+    /// The sequence that row `row` belongs to.
+    #[must_use]
+    pub fn sequence_of(&self, row: usize) -> usize {
+        let ends = &self.cu_seqlens[1..];
+        ends.partition_point(|&end| (end - self.cu_seqlens[0]) as usize <= row)
+    }
+
     /// Row ranges of all sequences in order.
     pub fn sequences(self) -> impl Iterator<Item = std::ops::Range<usize>> + 'a {
         (0..self.n_seqs()).map(move |index| self.rows(index))
@@ -165,6 +172,7 @@ mod tests {
         let view = batch.view(1..3);
         assert_eq!(view.ids(), [3, 4, 5, 6]);
         assert_eq!(view.sequences().collect::<Vec<_>>(), [0..1, 1..4]);
+        assert_eq!([0, 1, 2, 3].map(|row| view.sequence_of(row)), [0, 1, 1, 1]);
         assert_eq!((view.max_len(), batch.n_tokens(), batch.n_seqs()), (3, 6, 3));
         assert_eq!(batch.sequence(2), [4, 5, 6]);
     }

@@ -115,7 +115,9 @@ pub enum ConfigError {
     #[error("an API key must be made of visible ASCII characters")]
     Key,
     /// The longest input would fit no batch, and may not be cut.
-    #[error("the longest input of {max_input_tokens} tokens fits no batch of {max_batch_tokens}, and inputs are not cut")]
+    #[error(
+        "the longest input of {max_input_tokens} tokens fits no batch of {max_batch_tokens}, and inputs are not cut"
+    )]
     Batch {
         /// Longest input.
         max_input_tokens: usize,

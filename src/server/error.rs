@@ -234,9 +234,13 @@ impl ErrorClass {
         const INVALID: &str = "invalid_request_error";
         const SERVER: &str = "server_error";
         let (status, error_type, openai_type, description) = match self {
-            Self::Malformed => (StatusCode::BAD_REQUEST, "Validation", INVALID, "The body is not JSON, or not readable"),
+            Self::Malformed => {
+                (StatusCode::BAD_REQUEST, "Validation", INVALID, "The body is not JSON, or not readable")
+            }
             Self::Empty => (StatusCode::BAD_REQUEST, "Empty", INVALID, "Nothing was given"),
-            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "Unauthorized", INVALID, "The API key is missing or wrong"),
+            Self::Unauthorized => {
+                (StatusCode::UNAUTHORIZED, "Unauthorized", INVALID, "The API key is missing or wrong")
+            }
             Self::NotFound => (StatusCode::NOT_FOUND, "NotFound", INVALID, "There is no such route or model"),
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", INVALID, "The route does not take this method")
@@ -247,9 +251,12 @@ impl ErrorClass {
             Self::PayloadTooLarge => {
                 (StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLarge", INVALID, "The body is too large")
             }
-            Self::UnsupportedMediaType => {
-                (StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", INVALID, "The body is not declared as JSON")
-            }
+            Self::UnsupportedMediaType => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "UnsupportedMediaType",
+                INVALID,
+                "The body is not declared as JSON",
+            ),
             Self::Validation => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "Validation", INVALID, "The request means nothing valid")
             }
@@ -317,7 +324,6 @@ impl ErrorClass {
             Route::HealthLive | Route::Metrics | Route::Docs | Route::OpenApi | Route::Other => &[],
         }
     }
-
 }
 
 /// In which words an error is written.
@@ -474,11 +480,9 @@ impl ServerError {
     #[must_use]
     pub fn reject_reason(&self) -> Option<RejectReason> {
         match self {
-            Self::Json(_)
-            | Self::Body
-            | Self::BodyTimeout { .. }
-            | Self::BodyTooLarge { .. }
-            | Self::MediaType => Some(RejectReason::Payload),
+            Self::Json(_) | Self::Body | Self::BodyTimeout { .. } | Self::BodyTooLarge { .. } | Self::MediaType => {
+                Some(RejectReason::Payload)
+            }
             Self::Shape(_)
             | Self::TimeoutHeader { .. }
             | Self::Empty { .. }

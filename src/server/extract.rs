@@ -72,7 +72,8 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Call<T> {
     async fn from_request(request: Request, app: &AppState) -> Result<Self, ServerError> {
         let start = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.start);
         let (head, body) = request.into_parts();
-        let checked = if is_json(&head.headers) { Clock::of(app, start, &head.headers) } else { Err(ServerError::MediaType) };
+        let checked =
+            if is_json(&head.headers) { Clock::of(app, start, &head.headers) } else { Err(ServerError::MediaType) };
         let clock = match checked {
             Ok(clock) => clock,
             Err(error) => {

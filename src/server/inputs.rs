@@ -105,7 +105,8 @@ pub(crate) async fn encode(
         Item::Ids(ids) => ids.len() + prompt_len,
     });
     let (mut encoded, took) = tokenizing(app, clock, n_bytes.sum(), move |app, tokenizer, wanted| {
-        let encoder = Encoder { app, tokenizer, prompt: prompt(app, options.prompt_name.as_deref())?, options: &options };
+        let encoder =
+            Encoder { app, tokenizer, prompt: prompt(app, options.prompt_name.as_deref())?, options: &options };
         let mut encoded =
             Encoded { sequences: Vec::with_capacity(items.len()), n_chars: 0, n_tokens: 0, took: Duration::ZERO };
         for item in items {

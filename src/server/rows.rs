@@ -108,9 +108,8 @@ impl RowsWriter {
             Layout::Vector => {}
             Layout::Vectors | Layout::TokenVectors { .. } => out.push(b']'),
             Layout::OpenAi { model, n_tokens, .. } => {
-                let tail = format!(
-                    r#"],"model":{model},"usage":{{"prompt_tokens":{n_tokens},"total_tokens":{n_tokens}}}}}"#
-                );
+                let tail =
+                    format!(r#"],"model":{model},"usage":{{"prompt_tokens":{n_tokens},"total_tokens":{n_tokens}}}}}"#);
                 out.extend_from_slice(tail.as_bytes());
             }
         }
@@ -171,7 +170,14 @@ impl RowsWriter {
             Body::from(out)
         } else {
             let metrics = Arc::clone(metrics);
-            Body::new(RowsBody { writer: self, metrics, _memory: memory, spent: Duration::ZERO, ended: false, rest: false })
+            Body::new(RowsBody {
+                writer: self,
+                metrics,
+                _memory: memory,
+                spent: Duration::ZERO,
+                ended: false,
+                rest: false,
+            })
         };
         ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
     }
@@ -257,7 +263,10 @@ mod tests {
         extremes.extend(rows(1, 5000).remove(0));
         let json = written(vec![extremes.clone()], Layout::Vectors, 1);
         let back: Vec<Vec<f32>> = serde_json::from_slice(&json).unwrap();
-        assert_eq!(back[0].iter().map(|x| x.to_bits()).collect::<Vec<_>>(), extremes.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+        assert_eq!(
+            back[0].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+            extremes.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        );
     }
 
     #[test]

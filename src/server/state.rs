@@ -211,10 +211,8 @@ impl AppState {
             prompts: config.prompts.keys().cloned().collect(),
         };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let openai =
-            api::OpenAiModel { id: model.served_name.clone(), object: "model", created, owned_by: "niwaki" };
-        let served_name_json =
-            serde_json::to_string(&model.served_name).expect("a string is always JSON");
+        let openai = api::OpenAiModel { id: model.served_name.clone(), object: "model", created, owned_by: "niwaki" };
+        let served_name_json = serde_json::to_string(&model.served_name).expect("a string is always JSON");
         metrics.set_memory(MemoryKind::Tokenizer, tokenizer.bytes());
         let vocab_size = model.vocab_size;
         // As many jobs may wait as sequences may be in the engine: beyond, a request would be refused there.

@@ -66,9 +66,8 @@ impl Pool {
     /// # Errors
     /// [`TextError::Thread`] if the system gives none.
     pub fn start(tokenizer: Arc<Tokenizer>, n_threads: NonZeroUsize, max_waiting: usize) -> Result<Self, TextError> {
-        let pool = Self {
-            shared: Arc::new(Shared { tokenizer, state: Mutex::default(), work: Condvar::new(), max_waiting }),
-        };
+        let pool =
+            Self { shared: Arc::new(Shared { tokenizer, state: Mutex::default(), work: Condvar::new(), max_waiting }) };
         for index in 0..n_threads.get() {
             let shared = Arc::clone(&pool.shared);
             thread::Builder::new()

@@ -283,8 +283,23 @@ mod tests {
         assert_eq!(input(r#"["a", "b"]"#).unwrap(), many(vec![text("a"), text("b")]));
         assert_eq!(input(r#"[[1], "b", []]"#).unwrap(), many(vec![Item::Ids(vec![1]), text("b"), Item::Ids(vec![])]));
         for wrong in [
-            "null", "1", "true", "{}", "[null]", "[1, \"a\"]", "[\"a\", 1]", "[-1]", "[1.5]", "[4294967296]",
-            "[1, 4294967296]", "[[[1]]]", "[[\"a\"]]", "[[1, null]]", "[1e3]", "[true]", "[{}]",
+            "null",
+            "1",
+            "true",
+            "{}",
+            "[null]",
+            "[1, \"a\"]",
+            "[\"a\", 1]",
+            "[-1]",
+            "[1.5]",
+            "[4294967296]",
+            "[1, 4294967296]",
+            "[[[1]]]",
+            "[[\"a\"]]",
+            "[[1, null]]",
+            "[1e3]",
+            "[true]",
+            "[{}]",
         ] {
             let error = input(wrong).unwrap_err();
             assert!(error.is_data(), "{wrong}: {error}");

@@ -154,10 +154,7 @@ fn vectors(reply: Reply, dimensions: usize, normalized: bool) -> Vec<Vec<f32>> {
 /// One vector per input.
 #[utoipa::path(post, path = "/embed", tag = "Embeddings", request_body = EmbedRequest,
     responses((status = 200, description = "One vector per input", body = Vec<Vec<f32>>)))]
-pub(crate) async fn embed(
-    State(app): State<AppState>,
-    call: Call<EmbedRequest>,
-) -> Result<Response, ServerError> {
+pub(crate) async fn embed(State(app): State<AppState>, call: Call<EmbedRequest>) -> Result<Response, ServerError> {
     let EmbedRequest { inputs, truncate, truncation_direction, prompt_name, normalize, dimensions } = call.body;
     let items = items_of(&app, inputs, "inputs")?;
     let dimensions = checked_dimensions(&app, dimensions)?;
@@ -184,7 +181,8 @@ pub(crate) async fn embed_all(
     let EmbedAllRequest { inputs, truncate, truncation_direction, prompt_name } = call.body;
     let items = items_of(&app, inputs, "inputs")?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let Computed { reply, timing, memory } = compute(&app, call.clock, items, options, Want::PooledAndTokens, "inputs").await?;
+    let Computed { reply, timing, memory } =
+        compute(&app, call.clock, items, options, Want::PooledAndTokens, "inputs").await?;
     let rows = reply.rows.into_iter().map(|rows| rows.tokens).collect();
     let writer = RowsWriter::new(rows, Layout::TokenVectors { width: app.config.model.d_model });
     Ok(timing.on(writer.respond(&app.metrics, memory)))

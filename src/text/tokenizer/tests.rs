@@ -91,7 +91,10 @@ fn pieces_carry_the_bytes_they_stand_for() {
     let text = "Thé  gardens [SEP]";
     let pieces = bert().encode_detailed(text, true).unwrap();
     let words: Vec<_> = pieces.iter().map(|piece| (piece.text.as_str(), piece.special)).collect();
-    assert_eq!(words, [("[CLS]", true), ("Thé", false), ("garden", false), ("s", false), ("[SEP]", false), ("[SEP]", true)]);
+    assert_eq!(
+        words,
+        [("[CLS]", true), ("Thé", false), ("garden", false), ("s", false), ("[SEP]", false), ("[SEP]", true)]
+    );
     for piece in pieces.iter().filter(|piece| !piece.special) {
         assert_eq!(&text[piece.span.clone().unwrap()], piece.text);
     }

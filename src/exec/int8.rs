@@ -1,0 +1,564 @@
+//! The serving player: s8 weights, u8 activations per token, f32 residual stream, nothing allocated per batch.
+//!
+//! A layer is played over one group of sequences. Between verbs live only the residual stream (f32 and its codes), the
+//! codes of the hidden layers, and queries, keys and values in binary16. What a matrix product yields before it becomes one
+//! of these stays in a block of at most [`BLOCK_ROWS`] rows per thread, which fits the L2 cache.
+//!
+//! Rows are split over threads; with few rows the columns are, because then the weights are the traffic. Which it is never
+//! changes a result: integer sums are exact, and everything else is computed per row.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::int8_build::{Int8Linear, Int8Norm, Int8Tables};
+use super::workspace::{Aligned, Buffer, Workspace};
+use crate::kernels::attention::{CacheLine, HalfPanels, Heads, KeyBand, SequenceHeads};
+use crate::kernels::layout::{CodeRows, PANEL, RowScale, block_index, code_stride};
+use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat};
+use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity, Norm, Reduction, half_to_f32};
+use crate::model::{Activation, Architecture, AttentionSpec, Band, ForwardMemory, ModelError, Ops, Pooling, Ragged};
+
+/// Most rows of a thread's block: at 1,536 columns of f32 it takes 0.3 MB of the L2 cache.
+const BLOCK_ROWS: usize = 48;
+/// Up to this many tokens, columns are split over threads instead of rows.
+const COLUMN_SPLIT_ROWS: usize = 32;
+
+/// What sizes the workspace at construction. A longer sequence than `group_tokens` makes it grow once.
+#[derive(Debug, Clone)]
+pub struct WorkspaceLimits {
+    /// Tokens of a group of sequences.
+    pub group_tokens: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Widest FFN of a layer.
+    pub d_ffn: usize,
+    /// Heads of each layer.
+    pub heads: Vec<Heads>,
+}
+
+impl WorkspaceLimits {
+    /// Limits for groups of `group_tokens` tokens of `architecture`.
+    #[must_use]
+    pub fn new(architecture: &Architecture, group_tokens: usize) -> Self {
+        let heads = architecture.layers.iter().map(|layer| Heads { n_heads: layer.n_heads, d_head: layer.d_head });
+        Self {
+            group_tokens: group_tokens.max(1),
+            d_model: architecture.d_model,
+            d_ffn: architecture.layers.iter().map(|layer| layer.d_ffn).max().unwrap_or(0),
+            heads: heads.collect(),
+        }
+    }
+}
+
+/// Plays the score in INT8.
+#[derive(Debug)]
+pub struct Int8 {
+    kernels: KernelSet,
+    cores: Arc<Cores>,
+    /// Held from the first verb of a group to its results.
+    seat: Option<Seat>,
+    workspace: Workspace,
+    lanes: Vec<Mutex<Lane>>,
+    plan: Plan,
+    weight_bytes: usize,
+}
+
+/// What one thread of a loop writes to.
+#[derive(Debug, Default)]
+struct Lane {
+    block: Aligned,
+    scratch: Aligned,
+}
+
+/// How a layer's attention falls into parts; kept so that making it allocates nothing.
+#[derive(Debug, Default)]
+struct Plan {
+    /// `(sequence, head)` and where its packed lines start.
+    heads: Vec<(usize, usize)>,
+    lines: Vec<usize>,
+    /// `(sequence, first query)` and the rows at which blocks of queries start.
+    queries: Vec<(usize, usize)>,
+    rows: Vec<usize>,
+    /// Per sequence, where its packed heads start.
+    packed: Vec<usize>,
+}
+
+/// Codes and scales of rows.
+#[derive(Debug)]
+struct Codes {
+    codes: Buffer<u8>,
+    scales: Buffer<RowScale>,
+    stride: usize,
+}
+
+/// Activations of the INT8 player.
+#[derive(Debug)]
+pub struct Int8Act {
+    n_rows: usize,
+    n: usize,
+    form: Form,
+}
+
+#[derive(Debug)]
+enum Form {
+    /// The residual stream: values and their codes.
+    Stream { rows: Buffer<f32>, codes: Codes },
+    /// Input of a linear layer.
+    Codes(Codes),
+    /// Queries, keys and values: binary16 in panels.
+    Half(Buffer<u16>),
+    /// Pooled rows.
+    Rows(Buffer<f32>),
+}
+
+/// A verb was given activations that it has no use for; the score never does that.
+#[derive(Debug, thiserror::Error)]
+enum Int8Error {
+    #[error("{verb}: activations of another verb were expected")]
+    Form { verb: &'static str },
+    #[error("{verb}: expected {expected} columns, got {got}")]
+    Width { verb: &'static str, expected: usize, got: usize },
+}
+
+impl Codes {
+    fn view(&self, rows: std::ops::Range<usize>) -> CodeRows<'_> {
+        CodeRows { codes: &self.codes[rows.start * self.stride..], stride: self.stride, scales: &self.scales[rows] }
+    }
+}
+
+impl Int8 {
+    /// A player with its own workspace. `weight_bytes` is what the encoder that it will play holds.
+    #[must_use]
+    pub fn new(kernels: KernelSet, cores: Arc<Cores>, limits: &WorkspaceLimits, weight_bytes: usize) -> Self {
+        let tokens = limits.group_tokens;
+        let d_context = limits.heads.iter().map(Heads::d_context).max().unwrap_or(0);
+        let qkv = limits.heads.iter().map(|heads| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
+        // Sequences of one key block each pad most.
+        let packed = |heads: &Heads| {
+            let whole = kernels.packed_lines(*heads, tokens);
+            let short = tokens * kernels.packed_lines(*heads, 1).div_ceil(16);
+            heads.n_heads * whole.max(short) * size_of::<CacheLine>()
+        };
+        let widest = limits.d_ffn.max(limits.d_model).max(d_context).next_multiple_of(PANEL);
+        let scales = tokens * size_of::<RowScale>();
+        let workspace = Workspace::new(&[
+            tokens * limits.d_model * 4,
+            tokens * limits.d_model * 4,
+            tokens * code_stride(limits.d_model),
+            tokens * code_stride(limits.d_ffn.max(d_context)),
+            qkv,
+            limits.heads.iter().map(packed).max().unwrap_or(0),
+            COLUMN_SPLIT_ROWS * widest * 4,
+            scales,
+            scales,
+            scales,
+        ]);
+        let scratch = limits.heads.iter().map(|&heads| kernels.attention_scratch(heads, tokens) * 4).max().unwrap_or(0);
+        let lane =
+            || Lane { block: Aligned::with_bytes(BLOCK_ROWS * widest * 4), scratch: Aligned::with_bytes(scratch) };
+        let lanes = (0..cores.n_cores()).map(|_| Mutex::new(lane())).collect();
+        let max_heads = limits.heads.iter().map(|heads| heads.n_heads).max().unwrap_or(0);
+        let plan = Plan {
+            heads: Vec::with_capacity(tokens * max_heads),
+            lines: Vec::with_capacity(tokens * max_heads + 1),
+            queries: Vec::with_capacity(tokens),
+            rows: Vec::with_capacity(tokens + 1),
+            packed: Vec::with_capacity(tokens + 1),
+        };
+        Self { kernels, cores, seat: None, workspace, lanes, plan, weight_bytes }
+    }
+
+    /// The kernels it calls.
+    #[must_use]
+    pub fn kernels(&self) -> &KernelSet {
+        &self.kernels
+    }
+
+    /// Bytes of the workspace.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let lane = |lane: &Mutex<Lane>| {
+            let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+            lane.block.bytes() + lane.scratch.bytes()
+        };
+        self.workspace.bytes() + self.lanes.iter().map(lane).sum::<usize>()
+    }
+
+    /// Most bytes of the workspace that activations have taken at once.
+    #[must_use]
+    pub fn peak_bytes(&self) -> usize {
+        self.workspace.peak_bytes()
+    }
+
+    /// What it and its encoder hold.
+    #[must_use]
+    pub fn memory(&self) -> ForwardMemory {
+        ForwardMemory { weights: self.weight_bytes, workspace: self.bytes(), workspace_peak: self.peak_bytes() }
+    }
+
+    /// Gives the seat up and reports that activations do not fit the verb.
+    fn refuse<T>(&mut self, error: Int8Error) -> Result<T, ModelError> {
+        self.seat = None;
+        Err(ModelError::player(error))
+    }
+
+    fn codes(&self, n_rows: usize, n: usize) -> Codes {
+        let stride = code_stride(n);
+        Codes { codes: self.workspace.take(n_rows * stride), scales: self.workspace.take(n_rows), stride }
+    }
+
+    /// `x Wᵀ + b` of a few rows, columns split over threads; a block of all rows.
+    fn columns(&mut self, linear: &Int8Linear, x: &Codes, n_rows: usize, then: Option<Nonlinearity>) -> Buffer<f32> {
+        let Self { kernels, cores, seat, workspace, .. } = self;
+        let seat = seat.get_or_insert_with(|| cores.enter());
+        let packed = &linear.packed;
+        let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
+        let cut = column_cut(packed.n_panels(), seat.n_cores());
+        let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
+        seat.for_each(&parts, |_, index, out: &mut [f32]| {
+            for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
+                kernels.gemm_f32(&x.view(0..n_rows), packed, panel, out);
+                if let Some(then) = then {
+                    kernels.activate(then, out);
+                }
+            }
+        });
+        block
+    }
+
+    /// Queries, keys and values.
+    fn half(&mut self, linear: &Int8Linear, x: &Codes, n_rows: usize) -> Buffer<u16> {
+        let Self { kernels, cores, seat, workspace, .. } = self;
+        let seat = seat.get_or_insert_with(|| cores.enter());
+        let packed = &linear.packed;
+        let mut out = workspace.take::<u16>(packed.n_panels() * n_rows * PANEL);
+        if splits_columns(n_rows, seat) {
+            let cut = column_cut(packed.n_panels(), seat.n_cores());
+            let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
+            seat.for_each(&parts, |_, index, out: &mut [u16]| {
+                for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
+                    kernels.gemm_half(&x.view(0..n_rows), packed, panel, out);
+                }
+            });
+        } else {
+            let cut = row_cut(n_rows, seat.n_cores());
+            let parts = PanelRowParts::new(&mut out, n_rows, PANEL, cut);
+            seat.for_each(&parts, |_, index, mut out| {
+                let rows = x.view(cut.rows(index));
+                for panel in 0..packed.n_panels() {
+                    kernels.gemm_half(&rows, packed, panel, out.panel(panel));
+                }
+            });
+        }
+        out
+    }
+
+    /// Inputs of the next linear layer.
+    fn hidden(&mut self, linear: &Int8Linear, x: &Codes, n_rows: usize, then: Nonlinearity) -> Codes {
+        let n = linear.packed.n_out();
+        let mut to = self.codes(n_rows, n);
+        let stride = to.stride;
+        let few = {
+            let Self { cores, seat, .. } = self;
+            splits_columns(n_rows, seat.get_or_insert_with(|| cores.enter()))
+        };
+        let columns = few.then(|| self.columns(linear, x, n_rows, Some(then)));
+        let Self { kernels, seat, cores, lanes, .. } = self;
+        let seat = seat.get_or_insert_with(|| cores.enter());
+        let cut = row_cut(n_rows, seat.n_cores());
+        let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
+        seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
+            let rows = cut.rows(index);
+            let mut to = CodeRowsMut { codes, stride, scales };
+            if let Some(block) = &columns {
+                kernels.quantize(Block { data: block, n_rows, n }, rows, &mut to);
+                return;
+            }
+            let packed = &linear.packed;
+            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            let block = lane.block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
+            let x = x.view(rows.clone());
+            for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
+                kernels.gemm_f32(&x, packed, panel, out);
+                kernels.activate(then, out);
+            }
+            kernels.quantize(Block { data: block, n_rows: rows.len(), n }, 0..rows.len(), &mut to);
+        });
+        to
+    }
+}
+
+/// Whether so few rows are better served by splitting columns.
+fn splits_columns(n_rows: usize, seat: &Seat) -> bool {
+    n_rows <= COLUMN_SPLIT_ROWS && seat.n_cores() > 1
+}
+
+/// Blocks of rows: at most [`BLOCK_ROWS`], and evenly many for each thread.
+fn row_cut(n_rows: usize, n_cores: usize) -> Cut<'static> {
+    let rounds = n_rows.div_ceil(BLOCK_ROWS * n_cores).max(1);
+    Cut::Even { n_rows, block: n_rows.div_ceil(rounds * n_cores).max(1) }
+}
+
+/// Runs of panels: two for each thread if that divides as well as one.
+fn column_cut(n_panels: usize, n_cores: usize) -> Cut<'static> {
+    let load = |block: usize| n_panels.div_ceil(block).div_ceil(n_cores) * block;
+    let whole = n_panels.div_ceil(n_cores).max(1);
+    let half = n_panels.div_ceil(2 * n_cores).max(1);
+    Cut::Even { n_rows: n_panels, block: if load(half) <= load(whole) { half } else { whole } }
+}
+
+fn nonlinearity(activation: Activation) -> Option<Nonlinearity> {
+    match activation {
+        Activation::Identity => None,
+        Activation::Gelu => Some(Nonlinearity::Gelu),
+        Activation::GeluTanh => Some(Nonlinearity::GeluTanh),
+        Activation::Relu => Some(Nonlinearity::Relu),
+    }
+}
+
+fn key_band(band: Band) -> KeyBand {
+    let count = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
+    KeyBand { left: count(band.left), right: count(band.right), globals: count(band.globals) }
+}
+
+impl Plan {
+    /// Cuts the attention of a group into parts.
+    fn make(&mut self, kernels: &KernelSet, heads: Heads, batch: &Ragged<'_>, n_cores: usize) {
+        self.heads.clear();
+        self.lines.clear();
+        self.queries.clear();
+        self.rows.clear();
+        self.packed.clear();
+        // Tiles are of 8 queries; a lone short text still has a part for every core.
+        let block = batch.n_tokens().div_ceil(2 * n_cores).next_multiple_of(8).clamp(8, BLOCK_ROWS);
+        let mut end = 0;
+        self.lines.push(0);
+        self.rows.push(0);
+        for (sequence, rows) in batch.sequences().enumerate() {
+            let lines = kernels.packed_lines(heads, rows.len());
+            self.packed.push(end);
+            for head in 0..heads.n_heads {
+                end += lines;
+                self.heads.push((sequence, head));
+                self.lines.push(end);
+            }
+            for first in (0..rows.len()).step_by(block) {
+                self.queries.push((sequence, first));
+                self.rows.push(rows.start + (first + block).min(rows.len()));
+            }
+        }
+        self.packed.push(end);
+    }
+}
+
+impl Ops for Int8 {
+    type Act = Int8Act;
+    type Tables = Int8Tables;
+    type Linear = Int8Linear;
+    type Norm = Int8Norm;
+
+    fn embed(&mut self, tables: &Int8Tables, norm: &Int8Norm, batch: &Ragged<'_>) -> Result<Int8Act, ModelError> {
+        tables.check(batch)?;
+        let d_model = tables.word.width();
+        if norm.gain.len() != d_model {
+            return self.refuse(Int8Error::Width { verb: "embed", expected: d_model, got: norm.gain.len() });
+        }
+        let n_rows = batch.n_tokens();
+        let mut rows = self.workspace.take::<f32>(n_rows * d_model);
+        let mut codes = self.codes(n_rows, d_model);
+        let stride = codes.stride;
+        let Self { kernels, cores, seat, .. } = self;
+        let seat = seat.get_or_insert_with(|| cores.enter());
+        let cut = row_cut(n_rows, seat.n_cores());
+        let parts = (
+            RowParts::new(&mut rows, d_model, cut),
+            RowParts::new(&mut codes.codes, stride, cut),
+            RowParts::new(&mut codes.scales, 1, cut),
+        );
+        seat.for_each(&parts, |_, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+            let first = cut.rows(index).start;
+            let mut sequence = batch.sequence_of(first);
+            for (row, token) in rows.chunks_exact_mut(d_model).zip(first..) {
+                if token >= batch.rows(sequence).end {
+                    sequence += 1;
+                }
+                tables.sum(kernels, batch, token, token - batch.rows(sequence).start, row);
+            }
+            kernels.add_norm(None, rows, norm.view(), &mut CodeRowsMut { codes, stride, scales });
+        });
+        Ok(Int8Act { n_rows, n: d_model, form: Form::Stream { rows, codes } })
+    }
+
+    fn linear(&mut self, linear: &Int8Linear, x: &Int8Act, then: Activation) -> Result<Int8Act, ModelError> {
+        let (Form::Stream { codes, .. } | Form::Codes(codes)) = &x.form else {
+            return self.refuse(Int8Error::Form { verb: "linear" });
+        };
+        let n_in = linear.packed.n_in();
+        if x.n != n_in {
+            return self.refuse(Int8Error::Width { verb: "linear", expected: n_in, got: x.n });
+        }
+        let form = match nonlinearity(then) {
+            None => Form::Half(self.half(linear, codes, x.n_rows)),
+            Some(then) => Form::Codes(self.hidden(linear, codes, x.n_rows, then)),
+        };
+        Ok(Int8Act { n_rows: x.n_rows, n: linear.packed.n_out(), form })
+    }
+
+    fn attend(&mut self, qkv: Int8Act, spec: &AttentionSpec, batch: &Ragged<'_>) -> Result<Int8Act, ModelError> {
+        let heads = Heads { n_heads: spec.n_heads, d_head: spec.d_head };
+        let Form::Half(half) = &qkv.form else {
+            return self.refuse(Int8Error::Form { verb: "attend" });
+        };
+        if qkv.n != 3 * heads.d_context() || qkv.n_rows != batch.n_tokens() {
+            return self.refuse(Int8Error::Width { verb: "attend", expected: 3 * heads.d_context(), got: qkv.n });
+        }
+        let n = heads.d_context();
+        let mut to = self.codes(qkv.n_rows, n);
+        let stride = to.stride;
+        let Self { kernels, cores, seat, workspace, lanes, plan, .. } = self;
+        let seat = seat.get_or_insert_with(|| cores.enter());
+        plan.make(kernels, heads, batch, seat.n_cores());
+        let plan = &*plan;
+        let sequence = |index: usize| SequenceHeads {
+            qkv: HalfPanels { data: half, n_rows: qkv.n_rows },
+            heads,
+            first_row: batch.rows(index).start,
+            len: batch.rows(index).len(),
+            band: key_band(spec.band),
+        };
+        let mut packed = workspace.take::<CacheLine>(plan.packed.last().copied().unwrap_or(0));
+        let parts = RowParts::new(&mut packed, 1, Cut::At(&plan.lines));
+        seat.for_each(&parts, |lane, index, packed: &mut [CacheLine]| {
+            let (at, head) = plan.heads[index];
+            let sequence = sequence(at);
+            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            let scratch = lane.scratch.first(kernels.attention_scratch(heads, sequence.len));
+            kernels.pack_head(&sequence, head, packed, scratch);
+        });
+        let cut = Cut::At(&plan.rows);
+        let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
+        seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
+            let (at, first) = plan.queries[index];
+            let sequence = sequence(at);
+            let n_rows = scales.len();
+            let packed = &packed[plan.packed[at]..plan.packed[at + 1]];
+            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            let Lane { block, scratch } = &mut *lane;
+            let block = block.first::<f32>(n.div_ceil(PANEL) * n_rows * PANEL);
+            let scratch = scratch.first(kernels.attention_scratch(heads, sequence.len));
+            kernels.attend(&sequence, first..first + n_rows, packed, scratch, block);
+            let mut to = CodeRowsMut { codes, stride, scales };
+            kernels.quantize(Block { data: block, n_rows, n }, 0..n_rows, &mut to);
+        });
+        Ok(Int8Act { n_rows: qkv.n_rows, n, form: Form::Codes(to) })
+    }
+
+    fn linear_add_norm(
+        &mut self,
+        linear: &Int8Linear,
+        x: Int8Act,
+        residual: Int8Act,
+        norm: &Int8Norm,
+    ) -> Result<Int8Act, ModelError> {
+        let (Form::Stream { codes: input, .. } | Form::Codes(input)) = &x.form else {
+            return self.refuse(Int8Error::Form { verb: "linear_add_norm" });
+        };
+        let Form::Stream { mut rows, mut codes } = residual.form else {
+            return self.refuse(Int8Error::Form { verb: "linear_add_norm" });
+        };
+        let (n_rows, n) = (residual.n_rows, linear.packed.n_out());
+        for (expected, got) in [(linear.packed.n_in(), x.n), (residual.n, n), (n, norm.gain.len()), (n_rows, x.n_rows)]
+        {
+            if expected != got {
+                return self.refuse(Int8Error::Width { verb: "linear_add_norm", expected, got });
+            }
+        }
+        let few = {
+            let Self { cores, seat, .. } = self;
+            splits_columns(n_rows, seat.get_or_insert_with(|| cores.enter()))
+        };
+        let columns = few.then(|| self.columns(linear, input, n_rows, None));
+        let Self { kernels, seat, cores, lanes, .. } = self;
+        let seat = seat.get_or_insert_with(|| cores.enter());
+        let stride = codes.stride;
+        let cut = row_cut(n_rows, seat.n_cores());
+        let parts = (
+            RowParts::new(&mut rows, n, cut),
+            RowParts::new(&mut codes.codes, stride, cut),
+            RowParts::new(&mut codes.scales, 1, cut),
+        );
+        seat.for_each(&parts, |lane, index, (residual, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+            let rows = cut.rows(index);
+            let mut to = CodeRowsMut { codes, stride, scales };
+            if let Some(block) = &columns {
+                kernels.add_norm(Some((Block { data: block, n_rows, n }, rows)), residual, norm.view(), &mut to);
+                return;
+            }
+            let packed = &linear.packed;
+            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            let block = lane.block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
+            let x = input.view(rows.clone());
+            for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
+                kernels.gemm_f32(&x, packed, panel, out);
+            }
+            let block = Block { data: block, n_rows: rows.len(), n };
+            kernels.add_norm(Some((block, 0..rows.len())), residual, norm.view(), &mut to);
+        });
+        Ok(Int8Act { n_rows, n, form: Form::Stream { rows, codes } })
+    }
+
+    fn pool(&mut self, x: &Int8Act, pooling: Pooling, batch: &Ragged<'_>) -> Result<Int8Act, ModelError> {
+        let Form::Stream { rows, .. } = &x.form else {
+            return self.refuse(Int8Error::Form { verb: "pool" });
+        };
+        if x.n_rows != batch.n_tokens() {
+            return self.refuse(Int8Error::Width { verb: "pool", expected: batch.n_tokens(), got: x.n_rows });
+        }
+        let (n_seqs, n) = (batch.n_seqs(), x.n);
+        let mut out = self.workspace.take::<f32>(n_seqs * n);
+        let Self { kernels, cores, seat, .. } = self;
+        let seat = seat.take().unwrap_or_else(|| cores.enter());
+        let parts = RowParts::new(&mut out, n, Cut::Even { n_rows: n_seqs, block: 1 });
+        seat.for_each(&parts, |_, index, out: &mut [f32]| {
+            let range = batch.rows(index);
+            #[allow(clippy::cast_precision_loss, reason = "lengths are at most 2^20")]
+            let len = range.len() as f32;
+            let tokens = &rows[range.start * n..range.end * n];
+            match pooling {
+                Pooling::Cls => out.copy_from_slice(&tokens[..n]),
+                Pooling::LastToken => out.copy_from_slice(&tokens[tokens.len() - n..]),
+                Pooling::Max => kernels.reduce(Reduction::Max, tokens, out),
+                Pooling::Mean => kernels.reduce(Reduction::Sum { factor: 1.0 / len }, tokens, out),
+                Pooling::MeanSqrtLen => kernels.reduce(Reduction::Sum { factor: 1.0 / len.sqrt() }, tokens, out),
+            }
+        });
+        Ok(Int8Act { n_rows: n_seqs, n, form: Form::Rows(out) })
+    }
+
+    fn read(&mut self, x: &Int8Act, out: &mut Vec<f32>) -> Result<(), ModelError> {
+        self.seat = None;
+        match &x.form {
+            Form::Stream { rows, .. } | Form::Rows(rows) => out.extend_from_slice(rows),
+            Form::Codes(Codes { codes, scales, stride }) => {
+                for (row, scale) in codes.chunks_exact(*stride).zip(scales.iter()) {
+                    out.extend(row[..x.n].iter().map(|&code| scale.low + scale.scale * f32::from(code)));
+                }
+            }
+            Form::Half(half) => {
+                for row in 0..x.n_rows {
+                    out.extend((0..x.n).map(|column| half_to_f32(half[block_index(x.n_rows, row, column)])));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Int8Norm {
+    fn view(&self) -> Norm<'_> {
+        Norm { gain: &self.gain, bias: &self.bias, eps: self.eps }
+    }
+}
+
+#[cfg(test)]
+#[path = "int8/tests.rs"]
+mod tests;

@@ -1,0 +1,192 @@
+//! AVX2 with FMA and F16C, and the same with AVX-VNNI's dot product.
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+use std::arch::x86_64::*;
+
+use super::gemm::{Gemm, Sink, row_tiles};
+use super::simd::Simd;
+use super::table::one;
+
+/// Eight lanes.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+// SAFETY: each function is a few instructions of AVX2, FMA and F16C, which the contract demands.
+unsafe impl Simd for Avx2 {
+    const LANES: usize = 8;
+    type F = __m256;
+    type I = __m256i;
+
+    one! {
+        fn splat(x: f32) -> __m256 = _mm256_set1_ps(x);
+        fn load(from: *const f32) -> __m256 = _mm256_loadu_ps(from);
+        fn store(to: *mut f32, x: __m256) = _mm256_storeu_ps(to, x);
+        fn load_half(from: *const u16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
+        fn store_half(to: *mut u16, x: __m256) =
+            _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        fn load_s8(from: *const i8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())));
+        fn store_u8(to: *mut u8, x: __m256i) = {
+            // Lanes are in 0..=255, so both packings are exact; the low dwords of the halves hold four bytes each.
+            let words = _mm256_packus_epi32(x, x);
+            let bytes = _mm256_packus_epi16(words, words);
+            let low = _mm256_castsi256_si128(bytes);
+            let high = _mm256_extracti128_si256::<1>(bytes);
+            _mm_storel_epi64(to.cast(), _mm_unpacklo_epi32(low, high));
+        };
+        fn store_int(to: *mut i32, x: __m256i) = _mm256_storeu_si256(to.cast(), x);
+        fn add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
+        fn sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
+        fn mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
+        fn div(a: __m256, b: __m256) -> __m256 = _mm256_div_ps(a, b);
+        fn fma(a: __m256, b: __m256, c: __m256) -> __m256 = _mm256_fmadd_ps(a, b, c);
+        fn min(a: __m256, b: __m256) -> __m256 = _mm256_min_ps(a, b);
+        fn max(a: __m256, b: __m256) -> __m256 = _mm256_max_ps(a, b);
+        fn round(x: __m256) -> __m256i = _mm256_cvtps_epi32(x);
+        fn to_float(x: __m256i) -> __m256 = _mm256_cvtepi32_ps(x);
+        fn power_of_two(x: __m256i) -> __m256 =
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(x, _mm256_set1_epi32(127))));
+        fn sum(x: __m256) -> f32 = {
+            let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        };
+        fn lowest(x: __m256) -> f32 = {
+            let four = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_min_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        };
+        fn highest(x: __m256) -> f32 = {
+            let four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        };
+    }
+}
+
+/// With AVX2 alone: s16 products of even and odd bytes are added in pairs by `vpmaddwd`, which cannot overflow
+/// (2 · 255 · 128 < 2^31), unlike the s16 sums of `vpmaddubsw`, which saturate.
+pub(super) mod exact {
+    use super::super::table::kernel_table;
+    use super::*;
+
+    /// `R` rows by 16 columns.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, row: usize, column: usize) {
+        // SAFETY: rows and columns are in range (the façade's checks).
+        unsafe {
+            let mut sums = [[_mm256_setzero_si256(); 2]; R];
+            let codes = gemm.codes.add(row * gemm.stride);
+            let low_bytes = _mm256_set1_epi16(0xff);
+            for group in 0..gemm.k_groups {
+                let weights = gemm.weights.add(group * 256 + column * 4);
+                let mut even = [_mm256_setzero_si256(); 2];
+                let mut odd = even;
+                for j in 0..2 {
+                    let weight = _mm256_loadu_si256(weights.add(j * 32).cast());
+                    even[j] = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(weight));
+                    odd[j] = _mm256_srai_epi16::<8>(weight);
+                }
+                for r in 0..R {
+                    let code = codes.add(r * gemm.stride + group * 4).cast::<i32>().read_unaligned();
+                    let code = _mm256_set1_epi32(code);
+                    let code_even = _mm256_and_si256(code, low_bytes);
+                    let code_odd = _mm256_srli_epi16::<8>(code);
+                    for j in 0..2 {
+                        let pair = _mm256_add_epi32(
+                            _mm256_madd_epi16(code_even, even[j]),
+                            _mm256_madd_epi16(code_odd, odd[j]),
+                        );
+                        sums[r][j] = _mm256_add_epi32(sums[r][j], pair);
+                    }
+                }
+            }
+            for r in 0..R {
+                for j in 0..2 {
+                    T::put::<Avx2>(gemm, row + r, column + j * 8, sums[r][j]);
+                }
+            }
+        }
+    }
+
+    /// `gemm_u8i8_avx2`: 4x16 tiles.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+        for column in (0..64).step_by(16) {
+            for (row, n_rows) in row_tiles(gemm.n_rows, 4) {
+                // SAFETY: passed on; rows and columns are in range.
+                unsafe {
+                    match n_rows {
+                        0 => {}
+                        1 => tile::<T, 1>(gemm, row, column),
+                        2 => tile::<T, 2>(gemm, row, column),
+                        3 => tile::<T, 3>(gemm, row, column),
+                        _ => tile::<T, 4>(gemm, row, column),
+                    }
+                }
+            }
+        }
+    }
+
+    kernel_table! {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        "gemm_u8i8_avx2", gemm, Avx2, 2, 4, None
+    }
+}
+
+/// With the VEX-encoded `vpdpbusd`.
+pub(super) mod vnni {
+    use super::super::table::kernel_table;
+    use super::*;
+
+    /// `R` rows by 16 columns.
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, row: usize, column: usize) {
+        // SAFETY: rows and columns are in range (the façade's checks).
+        unsafe {
+            let mut sums = [[_mm256_setzero_si256(); 2]; R];
+            let codes = gemm.codes.add(row * gemm.stride);
+            for group in 0..gemm.k_groups {
+                let weights = gemm.weights.add(group * 256 + column * 4);
+                let weight: [__m256i; 2] = std::array::from_fn(|j| _mm256_loadu_si256(weights.add(j * 32).cast()));
+                for r in 0..R {
+                    let code = codes.add(r * gemm.stride + group * 4).cast::<i32>().read_unaligned();
+                    let code = _mm256_set1_epi32(code);
+                    for j in 0..2 {
+                        sums[r][j] = _mm256_dpbusd_avx_epi32(sums[r][j], code, weight[j]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for j in 0..2 {
+                    T::put::<Avx2>(gemm, row + r, column + j * 8, sums[r][j]);
+                }
+            }
+        }
+    }
+
+    /// `gemm_u8i8_avx_vnni`: 6x16 tiles, twelve of the sixteen registers.
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+        for column in (0..64).step_by(16) {
+            for (row, n_rows) in row_tiles(gemm.n_rows, 6) {
+                // SAFETY: passed on; rows and columns are in range.
+                unsafe {
+                    match n_rows {
+                        0 => {}
+                        1 => tile::<T, 1>(gemm, row, column),
+                        2 => tile::<T, 2>(gemm, row, column),
+                        3 => tile::<T, 3>(gemm, row, column),
+                        4 => tile::<T, 4>(gemm, row, column),
+                        5 => tile::<T, 5>(gemm, row, column),
+                        _ => tile::<T, 6>(gemm, row, column),
+                    }
+                }
+            }
+        }
+    }
+
+    kernel_table! {
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        "gemm_u8i8_avx_vnni", gemm, Avx2, 2, 4, None
+    }
+}

@@ -1,0 +1,116 @@
+//! AVX-512 with VNNI.
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+use std::arch::x86_64::*;
+
+use super::gemm::{Gemm, Sink, row_tiles};
+use super::simd::Simd;
+use super::table::{kernel_table, one};
+
+/// Sixteen lanes.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+// SAFETY: each function is one or a few instructions of AVX-512 F, BW, DQ and VL, which the contract demands.
+unsafe impl Simd for Avx512 {
+    const LANES: usize = 16;
+    type F = __m512;
+    type I = __m512i;
+
+    one! {
+        fn splat(x: f32) -> __m512 = _mm512_set1_ps(x);
+        fn load(from: *const f32) -> __m512 = _mm512_loadu_ps(from);
+        fn store(to: *mut f32, x: __m512) = _mm512_storeu_ps(to, x);
+        fn load_half(from: *const u16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
+        fn store_half(to: *mut u16, x: __m512) =
+            _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        fn load_s8(from: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
+        fn store_u8(to: *mut u8, x: __m512i) = _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x));
+        fn store_int(to: *mut i32, x: __m512i) = _mm512_storeu_si512(to.cast(), x);
+        fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
+        fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
+        fn mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
+        fn div(a: __m512, b: __m512) -> __m512 = _mm512_div_ps(a, b);
+        fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
+        fn min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
+        fn max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+        fn round(x: __m512) -> __m512i = _mm512_cvtps_epi32(x);
+        fn to_float(x: __m512i) -> __m512 = _mm512_cvtepi32_ps(x);
+        fn power_of_two(x: __m512i) -> __m512 =
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(x, _mm512_set1_epi32(127))));
+        fn sum(x: __m512) -> f32 = _mm512_reduce_add_ps(x);
+        fn lowest(x: __m512) -> f32 = _mm512_reduce_min_ps(x);
+        fn highest(x: __m512) -> f32 = _mm512_reduce_max_ps(x);
+    }
+}
+
+/// `R` rows by the 64 columns of a panel, all of k in 4·R accumulators. `PREFETCH` of the four cache lines per group of k
+/// of the next panel are asked for, starting at line `line`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, line: usize) {
+    // SAFETY: the rows are inside `codes` and `out`, the panel holds `k_groups` groups (the façade's checks); prefetching
+    // touches nothing.
+    unsafe {
+        let mut sums = [[_mm512_setzero_si512(); 4]; R];
+        let codes = gemm.codes.add(row * gemm.stride);
+        for group in 0..gemm.k_groups {
+            let weights = gemm.weights.add(group * 256);
+            let weight: [__m512i; 4] = std::array::from_fn(|j| _mm512_load_si512(weights.add(j * 64).cast()));
+            for r in 0..R {
+                let code = codes.add(r * gemm.stride + group * 4).cast::<i32>().read_unaligned();
+                let code = _mm512_set1_epi32(code);
+                for j in 0..4 {
+                    sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], code, weight[j]);
+                }
+            }
+            for p in 0..PREFETCH {
+                _mm_prefetch::<_MM_HINT_T0>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
+            }
+        }
+        for r in 0..R {
+            for j in 0..4 {
+                T::put::<Avx512>(gemm, row + r, j * 16, sums[r][j]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
+    for (index, (row, n_rows)) in row_tiles(gemm.n_rows, 6).enumerate() {
+        let line = index * PREFETCH;
+        // SAFETY: passed on; the rows are below `n_rows`.
+        unsafe {
+            match n_rows {
+                0 => {}
+                1 => tile::<T, 1, PREFETCH>(gemm, row, line),
+                2 => tile::<T, 2, PREFETCH>(gemm, row, line),
+                3 => tile::<T, 3, PREFETCH>(gemm, row, line),
+                4 => tile::<T, 4, PREFETCH>(gemm, row, line),
+                5 => tile::<T, 5, PREFETCH>(gemm, row, line),
+                _ => tile::<T, 6, PREFETCH>(gemm, row, line),
+            }
+        }
+    }
+}
+
+/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. With few rows the product is bound by reading weights, so the next panel is
+/// fetched meanwhile, its cache lines spread over the row tiles.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+    // SAFETY: passed on unchanged.
+    unsafe {
+        match gemm.n_rows.div_ceil(6) {
+            _ if gemm.next.is_null() => tiles::<T, 0>(gemm),
+            0 | 1 => tiles::<T, 4>(gemm),
+            2 | 3 => tiles::<T, 2>(gemm),
+            4..=6 => tiles::<T, 1>(gemm),
+            _ => tiles::<T, 0>(gemm),
+        }
+    }
+}
+
+kernel_table! {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+    "gemm_u8i8_avx512_vnni", gemm, Avx512, 8, 2, None
+}

@@ -1,0 +1,101 @@
+//! What the INT8 matrix products of all instruction sets share: arguments, row tiles, and what becomes of accumulators.
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+use super::simd::Simd;
+use crate::kernels::layout::{PANEL, PanelColumns, RowScale};
+
+/// `n_rows` rows of codes times one panel of weights.
+pub(super) struct Gemm<T> {
+    /// `[n_rows, stride]`.
+    pub(super) codes: *const u8,
+    pub(super) stride: usize,
+    pub(super) scales: *const RowScale,
+    pub(super) n_rows: usize,
+    /// `[k_groups][PANEL][4]`.
+    pub(super) weights: *const i8,
+    pub(super) k_groups: usize,
+    pub(super) columns: *const PanelColumns,
+    /// `[n_rows, PANEL]`.
+    pub(super) out: *mut T,
+    /// The panel that will be needed next, or null.
+    pub(super) next: *const i8,
+}
+
+/// What becomes of the accumulators of a row's columns `column..column + LANES`.
+pub(super) trait Sink: Sized {
+    /// # Safety
+    /// As for [`Simd`]; row and columns must be in range.
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I);
+}
+
+impl Sink for i32 {
+    #[inline(always)]
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I) {
+        // SAFETY: in range by contract.
+        unsafe { S::store_int(gemm.out.add(row * PANEL + column), sums) }
+    }
+}
+
+/// `scale · acc · column.scale + low · column.offset + column.bias`.
+#[inline(always)]
+unsafe fn dequantize<S: Simd, T>(gemm: &Gemm<T>, row: usize, column: usize, sums: S::I) -> S::F {
+    // SAFETY: in range by the contract of `Sink::put`.
+    unsafe {
+        let columns = &*gemm.columns;
+        let scale = *gemm.scales.add(row);
+        let product = S::mul(S::to_float(sums), S::load(columns.scale.as_ptr().add(column)));
+        let offset = S::load(columns.offset.as_ptr().add(column));
+        let constant = S::fma(S::splat(scale.low), offset, S::load(columns.bias.as_ptr().add(column)));
+        S::fma(product, S::splat(scale.scale), constant)
+    }
+}
+
+impl Sink for f32 {
+    #[inline(always)]
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I) {
+        // SAFETY: in range by contract.
+        unsafe { S::store(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, column, sums)) }
+    }
+}
+
+/// Binary16.
+impl Sink for u16 {
+    #[inline(always)]
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I) {
+        // SAFETY: in range by contract.
+        unsafe { S::store_half(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, column, sums)) }
+    }
+}
+
+/// Rows cut into as few tiles of at most `tile` rows as possible, of nearly equal size: a short last tile would leave the
+/// multipliers waiting for its few accumulators (32 rows: 6, 6, 5, 5, 5, 5 instead of five sixes and a two).
+#[inline(always)]
+pub(super) fn row_tiles(n_rows: usize, tile: usize) -> impl Iterator<Item = (usize, usize)> {
+    let n_tiles = n_rows.div_ceil(tile).max(1);
+    let (size, longer) = (n_rows / n_tiles, n_rows % n_tiles);
+    (0..n_tiles).map(move |index| (index * size + index.min(longer), size + usize::from(index < longer)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::row_tiles;
+
+    #[test]
+    fn tiles_cover_all_rows_and_differ_by_at_most_one() {
+        for n_rows in 0..200 {
+            for tile in [1, 2, 4, 6] {
+                let mut next = 0;
+                let sizes: Vec<usize> = row_tiles(n_rows, tile)
+                    .map(|(first, size)| {
+                        assert_eq!(first, next);
+                        next += size;
+                        size
+                    })
+                    .collect();
+                assert_eq!(next, n_rows);
+                assert!(sizes.iter().all(|&size| size <= tile));
+                assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The vector operations that the row passes and the f32 attention are written in.
+//!
+//! A body generic over [`Simd`] is `#[inline(always)]` and instantiated once per instruction set inside a function with
+//! that set's target features, so the operations compile to single instructions.
+
+/// A vector instruction set.
+///
+/// # Safety
+/// Every function must only be called where the instruction set is present; pointers must be valid for the lanes they
+/// name. Loads and stores need no alignment.
+pub(super) unsafe trait Simd: Copy {
+    /// Lanes of f32, a power of two, at most 16.
+    const LANES: usize;
+    /// `LANES` f32.
+    type F: Copy;
+    /// `LANES` i32.
+    type I: Copy;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(from: *const f32) -> Self::F;
+    unsafe fn store(to: *mut f32, x: Self::F);
+    /// Reads IEEE binary16.
+    unsafe fn load_half(from: *const u16) -> Self::F;
+    /// Writes IEEE binary16, rounding to nearest even.
+    unsafe fn store_half(to: *mut u16, x: Self::F);
+    unsafe fn load_s8(from: *const i8) -> Self::F;
+    /// Writes the low byte of each lane; lanes must be in 0..=255.
+    unsafe fn store_u8(to: *mut u8, x: Self::I);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b + c`.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even; |x| < 2^22.
+    unsafe fn round(x: Self::F) -> Self::I;
+    unsafe fn store_int(to: *mut i32, x: Self::I);
+    unsafe fn to_float(x: Self::I) -> Self::F;
+    /// `2^x` for x in −126..=127.
+    unsafe fn power_of_two(x: Self::I) -> Self::F;
+    unsafe fn sum(x: Self::F) -> f32;
+    unsafe fn lowest(x: Self::F) -> f32;
+    unsafe fn highest(x: Self::F) -> f32;
+}
+
+/// Reads `n < LANES` floats, the other lanes are `fill`.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn load_some<S: Simd>(from: *const f32, n: usize, fill: f32) -> S::F {
+    let mut lanes = [fill; 16];
+    // SAFETY: `from` is valid for `n` by contract, and `n` is below 16.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
+        S::load(lanes.as_ptr())
+    }
+}
+
+/// Writes the first `n < LANES` lanes.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn store_some<S: Simd>(to: *mut f32, n: usize, x: S::F) {
+    let mut lanes = [0.0f32; 16];
+    // SAFETY: `to` is valid for `n` by contract, and `n` is below 16.
+    unsafe {
+        S::store(lanes.as_mut_ptr(), x);
+        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+    }
+}
+
+/// Writes the first `n < LANES` lanes as bytes.
+///
+/// # Safety
+/// As for [`Simd::store_u8`].
+#[inline(always)]
+pub(super) unsafe fn store_some_u8<S: Simd>(to: *mut u8, n: usize, x: S::I) {
+    let mut lanes = [0u8; 16];
+    // SAFETY: `to` is valid for `n` by contract, and `n` is below 16.
+    unsafe {
+        S::store_u8(lanes.as_mut_ptr(), x);
+        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+    }
+}
+
+/// `2^x` for `x ≤ 0`, 0 below about −100 being cut to `2^−100`.
+///
+/// ```text
+/// n = round(x), f = x − n ∈ [−½, ½]:   2^x = 2^n · P(f), P of degree 6
+/// ```
+/// *Error*: relative 2e-7. *Source*: coefficients of Cephes `exp2f` (Moshier). The cut keeps products with the result
+/// out of the denormal range, which costs a factor of 4 in banded attention.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn exp2<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        let x = S::max(x, S::splat(-100.0));
+        let n = S::round(x);
+        let f = S::sub(x, S::to_float(n));
+        let mut p = S::splat(1.535_336_2e-4);
+        for coefficient in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+            p = S::fma(p, f, S::splat(coefficient));
+        }
+        S::mul(p, S::power_of_two(n))
+    }
+}

@@ -1,0 +1,439 @@
+//! Kernels of every instruction set of this machine against `kernels::reference`.
+
+use niwaki::kernels::attention::{CacheLine, HalfPanels, Heads, KeyBand, SequenceHeads};
+use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowScale, block_index, code_stride};
+use niwaki::kernels::{
+    AttentionForm, Block, CodeRowsMut, Isa, KernelSet, Nonlinearity, Norm, Reduction, f32_to_half, half_to_f32,
+    reference,
+};
+use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+fn sets() -> Vec<KernelSet> {
+    Isa::all_supported().into_iter().map(KernelSet::new).collect()
+}
+
+fn rng(seed: u64) -> StdRng {
+    StdRng::seed_from_u64(seed)
+}
+
+fn floats(rng: &mut StdRng, n: usize, width: f32) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-width..width)).collect()
+}
+
+/// Row-major values as a block in panels; what no column stands for is poison.
+fn to_block(values: &[f32], n: usize) -> Vec<f32> {
+    let n_rows = values.len() / n;
+    let mut block = vec![f32::NAN; n.div_ceil(PANEL) * n_rows * PANEL];
+    for (index, &value) in values.iter().enumerate() {
+        block[block_index(n_rows, index / n, index % n)] = value;
+    }
+    block
+}
+
+/// A problem: codes and weights of the given sizes; `extreme` ones are all 0, 255, −127, −128 or 127.
+struct Product {
+    k: usize,
+    codes: Vec<u8>,
+    scales: Vec<RowScale>,
+    weights: Vec<i8>,
+    weight_scale: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Product {
+    fn new(seed: u64, m: usize, n: usize, k: usize, extreme: bool) -> Self {
+        let mut rng = rng(seed);
+        let mut code = || if extreme { [0, 255][rng.random_range(0..2)] } else { rng.random() };
+        let codes = (0..m * k).map(|_| code()).collect();
+        let mut weight = || if extreme { [-128, -127, 127][rng.random_range(0..3)] } else { rng.random() };
+        let weights = (0..n * k).map(|_| weight()).collect();
+        let scale =
+            |rng: &mut StdRng| RowScale { scale: rng.random_range(0.001..0.1), low: rng.random_range(-5.0..1.0) };
+        Self {
+            k,
+            codes,
+            scales: (0..m).map(|_| scale(&mut rng)).collect(),
+            weights,
+            weight_scale: (0..n).map(|_| rng.random_range(0.001..0.01)).collect(),
+            bias: floats(&mut rng, n, 1.0),
+        }
+    }
+
+    fn packed(&self) -> PackedLinear {
+        PackedLinear::new(&self.weights, &self.weight_scale, &self.bias, self.k)
+    }
+
+    /// Codes at the kernels' row distance; the gap holds garbage, which zero weights must silence.
+    fn rows(&self) -> (Vec<u8>, usize) {
+        let stride = code_stride(self.k);
+        let mut rows = vec![0xabu8; self.scales.len() * stride];
+        for (from, to) in self.codes.chunks_exact(self.k.max(1)).zip(rows.chunks_exact_mut(stride)) {
+            to[..self.k].copy_from_slice(from);
+        }
+        (rows, stride)
+    }
+}
+
+#[test]
+fn accumulators_are_bit_equal_to_the_reference() {
+    let widths = [(1, 1), (64, 4), (63, 3), (65, 5), (128, 64), (100, 77), (384, 352), (192, 130)];
+    for (index, (n, k)) in widths.into_iter().enumerate() {
+        for m in [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 17, 32, 37] {
+            for extreme in [false, true] {
+                let problem = Product::new(index as u64 * 100 + m as u64, m, n, k, extreme);
+                let expected = reference::gemm_i32(&problem.codes, &problem.weights, k);
+                let packed = problem.packed();
+                let (rows, stride) = problem.rows();
+                let x = CodeRows { codes: &rows, stride, scales: &problem.scales };
+                for set in sets() {
+                    let mut out = vec![i32::MIN; m * PANEL];
+                    for panel in 0..packed.n_panels() {
+                        set.gemm_i32(&x, &packed, panel, &mut out);
+                        for row in 0..m {
+                            for column in 0..PANEL {
+                                let n_column = panel * PANEL + column;
+                                let want = if n_column < n { expected[row * n + n_column] } else { 0 };
+                                let got = out[row * PANEL + column];
+                                assert_eq!(got, want, "{} {m}x{n}x{k} [{row}, {n_column}]", set.name());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sums_do_not_overflow_or_saturate() {
+    // The largest inner width that is allowed; 65,536 · 255 · 128 is just below 2^31.
+    for weight in [-128i8, 127] {
+        let k = 65_536;
+        let packed = PackedLinear::new(&vec![weight; k], &[1.0], &[0.0], k);
+        let rows = vec![255u8; k];
+        let scales = [RowScale { scale: 1.0, low: 0.0 }];
+        for set in sets() {
+            let mut out = vec![0i32; PANEL];
+            set.gemm_i32(&CodeRows { codes: &rows, stride: k, scales: &scales }, &packed, 0, &mut out);
+            assert_eq!(out[0], 65_536 * 255 * i32::from(weight), "{}", set.name());
+        }
+    }
+}
+
+#[test]
+fn values_of_a_product_are_within_rounding() {
+    for (m, n, k) in [(1, 64, 384), (7, 100, 77), (16, 192, 352), (50, 65, 1536)] {
+        let problem = Product::new(9, m, n, k, false);
+        let expected = reference::linear(
+            &problem.codes,
+            &problem.scales,
+            &problem.weights,
+            &problem.weight_scale,
+            &problem.bias,
+            k,
+        );
+        let largest = expected.iter().fold(0.0f64, |max, value| max.max(value.abs()));
+        let packed = problem.packed();
+        let (rows, stride) = problem.rows();
+        let x = CodeRows { codes: &rows, stride, scales: &problem.scales };
+        for set in sets() {
+            let mut values = vec![0.0f32; m * PANEL];
+            let mut halves = vec![0u16; m * PANEL];
+            for panel in 0..packed.n_panels() {
+                set.gemm_f32(&x, &packed, panel, &mut values);
+                set.gemm_half(&x, &packed, panel, &mut halves);
+                for row in 0..m {
+                    for column in 0..PANEL.min(n - panel * PANEL) {
+                        let want = expected[row * n + panel * PANEL + column];
+                        let got = values[row * PANEL + column];
+                        let error = (f64::from(got) - want).abs();
+                        assert!(error < 2e-6 * largest, "{}: {got} for {want}", set.name());
+                        assert_eq!(halves[row * PANEL + column], f32_to_half(got), "{}", set.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn functions_are_within_their_stated_errors() {
+    let mut xs: Vec<f32> = (-40_000..=40_000u32 as i32).map(|i| i as f32 / 4_000.0).collect();
+    xs.extend([0.0, -0.0, 1e-30, -1e-30, 15.0, -15.0, 100.0, -100.0, 4.5, -4.5, 4.500_001, -4.500_001]);
+    for set in sets() {
+        for (kind, bound, relative) in
+            [(Nonlinearity::Gelu, 1.7e-5, 0.0), (Nonlinearity::GeluTanh, 2e-6, 2e-6), (Nonlinearity::Relu, 0.0, 0.0)]
+        {
+            // Lengths around the vectors'.
+            for n in [0, 1, 3, 4, 7, 15, 16, 17, 31, xs.len()] {
+                let mut values = xs[..n].to_vec();
+                set.activate(kind, &mut values);
+                for (&x, &y) in xs.iter().zip(&values) {
+                    let error = (f64::from(y) - reference::activate(kind, f64::from(x))).abs();
+                    let allowed = bound + relative * f64::from(x.abs()) + 1e-7 * f64::from(x.abs());
+                    assert!(error <= allowed, "{} {kind:?}({x}) = {y}, off by {error:e}", set.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_reference_error_function_is_exact() {
+    // Values of DLMF table 7.23 / mpmath.
+    for (x, expected) in [(0.0, 0.0), (0.5, 0.520_499_877_813_046_5), (1.0, 0.842_700_792_949_714_9)]
+        .into_iter()
+        .chain([(2.0, 0.995_322_265_018_952_7), (3.0, 0.999_977_909_503_001_4), (4.0, 0.999_999_984_582_742_1)])
+    {
+        assert!((reference::erf(x) - expected).abs() < 1e-15, "erf({x})");
+        assert!((reference::erf(-x) + expected).abs() < 1e-15);
+    }
+}
+
+#[test]
+fn rows_are_quantized_as_the_reference_does() {
+    for n in [1, 4, 15, 16, 63, 64, 65, 77, 100, 384] {
+        let mut values = floats(&mut rng(n as u64), 5 * n, 3.0);
+        values[n..2 * n].fill(0.25); // a constant row
+        values[2 * n..3 * n].iter_mut().for_each(|value| *value = value.abs() + 10.0); // no zero inside
+        let block = to_block(&values, n);
+        let stride = code_stride(n);
+        for set in sets() {
+            for rows in [0..5, 2..4, 3..3] {
+                let mut codes = vec![0xcdu8; rows.len() * stride];
+                let mut scales = vec![RowScale::default(); rows.len()];
+                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales };
+                set.quantize(Block { data: &block, n_rows: 5, n }, rows.clone(), &mut to);
+                for (index, row) in rows.enumerate() {
+                    let (scale, expected) = reference::quantize(&values[row * n..(row + 1) * n]);
+                    assert_eq!(scales[index], scale, "{} width {n}", set.name());
+                    assert_eq!(&codes[index * stride..index * stride + n], expected, "{} width {n}", set.name());
+                    let gap = &codes[index * stride + n..(index + 1) * stride];
+                    assert!(gap.iter().all(|&byte| byte == 0xcd), "wrote beyond the row");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn residual_and_norm_are_within_the_stated_error() {
+    for n in [1, 5, 16, 60, 64, 72, 100, 384, 768] {
+        let mut rng = rng(n as u64);
+        let n_rows = 3;
+        let add = floats(&mut rng, n_rows * n, 4.0);
+        let residual = floats(&mut rng, n_rows * n, 2.0);
+        let gain: Vec<f32> = floats(&mut rng, n, 1.0).iter().map(|x| 1.0 + x / 2.0).collect();
+        let bias = floats(&mut rng, n, 0.5);
+        let block = to_block(&add, n);
+        let norm = Norm { gain: &gain, bias: &bias, eps: 1e-5 };
+        let stride = code_stride(n);
+        for set in sets() {
+            for with_block in [true, false] {
+                let mut rows = residual.clone();
+                let mut codes = vec![0u8; n_rows * stride];
+                let mut scales = vec![RowScale::default(); n_rows];
+                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales };
+                let block = with_block.then_some((Block { data: &block, n_rows, n }, 0..n_rows));
+                set.add_norm(block, &mut rows, norm, &mut to);
+                for row in 0..n_rows {
+                    let at = row * n..(row + 1) * n;
+                    let sum = residual[at.clone()].iter().zip(&add[at.clone()]);
+                    let sum: Vec<f64> = sum.map(|(&r, &a)| f64::from(if with_block { r + a } else { r })).collect();
+                    let expected = reference::layer_norm(&sum, &gain, &bias, 1e-5);
+                    let largest = expected.iter().fold(1.0f64, |max, value| max.max(value.abs()));
+                    for (got, want) in rows[at.clone()].iter().zip(&expected) {
+                        let error = (f64::from(*got) - want).abs();
+                        assert!(error < 2e-6 * largest, "{} width {n}: {got} for {want}", set.name());
+                    }
+                    let (scale, expected) = reference::quantize(&rows[at]);
+                    assert_eq!(scales[row], scale, "{} width {n}", set.name());
+                    assert_eq!(&codes[row * stride..row * stride + n], expected, "{} width {n}", set.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn embedding_rows_are_added_and_rows_are_reduced() {
+    for n in [1, 7, 16, 33, 384] {
+        let mut rng = rng(n as u64);
+        let codes: Vec<i8> = (0..n).map(|_| rng.random()).collect();
+        let start = floats(&mut rng, n, 1.0);
+        let rows = floats(&mut rng, 9 * n, 2.0);
+        for set in sets() {
+            let mut row = start.clone();
+            set.add_codes(&mut row, &codes, 0.037);
+            for c in 0..n {
+                let want = f64::from(start[c]) + 0.037f32 as f64 * f64::from(codes[c]);
+                assert!((f64::from(row[c]) - want).abs() < 1e-6, "{}", set.name());
+            }
+            for kind in [Reduction::Max, Reduction::Sum { factor: 1.0 / 9.0 }] {
+                let mut out = vec![0.0f32; n];
+                set.reduce(kind, &rows, &mut out);
+                for (got, want) in out.iter().zip(reference::reduce(kind, &rows, n)) {
+                    assert!((f64::from(*got) - want).abs() < 2e-6, "{} {kind:?}: {got} for {want}", set.name());
+                }
+            }
+        }
+    }
+}
+
+/// Two sequences in one `qkv`; the second is the one looked at.
+struct Attention {
+    heads: Heads,
+    len: usize,
+    first_row: usize,
+    band: KeyBand,
+    qkv: Vec<u16>,
+}
+
+impl Attention {
+    fn new(seed: u64, heads: Heads, len: usize, band: KeyBand, sharpness: f32) -> Self {
+        let mut rng = rng(seed);
+        let first_row = 3;
+        let n_rows = first_row + len;
+        let n = 3 * heads.d_context();
+        let mut qkv = vec![f32_to_half(1e4); heads.qkv_panels() * n_rows * PANEL];
+        for row in 0..n_rows {
+            for column in 0..n {
+                let width = if column < heads.d_context() { sharpness } else { 1.0 };
+                // Dimensions differ in size and offset, as keys and values of real models do.
+                let bias = ((column * 7 % 5) as f32 - 2.0) * 0.2;
+                qkv[block_index(n_rows, row, column)] = f32_to_half(rng.random_range(-width..width) * 1.7 + bias);
+            }
+        }
+        Self { heads, len, first_row, band, qkv }
+    }
+
+    fn sequence(&self) -> SequenceHeads<'_> {
+        let qkv = HalfPanels { data: &self.qkv, n_rows: self.first_row + self.len };
+        SequenceHeads { qkv, heads: self.heads, first_row: self.first_row, len: self.len, band: self.band }
+    }
+
+    fn third(&self, third: usize, head: usize) -> Vec<f64> {
+        let d = self.heads.d_head;
+        let first = third * self.heads.d_context() + head * d;
+        let n_rows = self.first_row + self.len;
+        let value = |row: usize, j: usize| self.qkv[block_index(n_rows, self.first_row + row, first + j)];
+        (0..self.len)
+            .flat_map(|row| (0..d).map(move |j| (row, j)))
+            .map(|(r, j)| half_to_f32(value(r, j)).into())
+            .collect()
+    }
+
+    /// Context by a kernel set, queries in blocks of `block`: `[len, d_context]`.
+    fn run(&self, set: &KernelSet, block: usize) -> Vec<f32> {
+        let sequence = self.sequence();
+        let lines = set.packed_lines(self.heads, self.len);
+        let mut packed = vec![CacheLine::ZERO; lines * self.heads.n_heads];
+        let mut scratch = vec![f32::NAN; set.attention_scratch(self.heads, self.len)];
+        for (head, packed) in packed.chunks_exact_mut(lines).enumerate() {
+            set.pack_head(&sequence, head, packed, &mut scratch);
+        }
+        let n = self.heads.d_context();
+        let mut out = Vec::new();
+        for first in (0..self.len).step_by(block) {
+            let queries = first..(first + block).min(self.len);
+            let mut result = vec![f32::NAN; n.div_ceil(PANEL) * queries.len() * PANEL];
+            set.attend(&sequence, queries.clone(), &packed, &mut scratch, &mut result);
+            for row in 0..queries.len() {
+                out.extend((0..n).map(|column| result[block_index(queries.len(), row, column)]));
+            }
+        }
+        out
+    }
+
+    /// Context in f64.
+    fn expected(&self) -> Vec<f64> {
+        let (d, n) = (self.heads.d_head, self.heads.d_context());
+        let mut out = vec![0.0; self.len * n];
+        for head in 0..self.heads.n_heads {
+            let [q, k, v] = [0, 1, 2].map(|third| self.third(third, head));
+            for (row, values) in reference::attend(&q, &k, &v, d, self.band).chunks_exact(d).enumerate() {
+                out[row * n + head * d..row * n + (head + 1) * d].copy_from_slice(values);
+            }
+        }
+        out
+    }
+}
+
+/// Root mean square of the error relative to that of the expected values.
+fn relative_error(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let error: f64 = got.iter().zip(expected).map(|(&got, want)| (f64::from(got) - want).powi(2)).sum();
+    (error / expected.iter().map(|want| want * want).sum::<f64>()).sqrt()
+}
+
+/// Every instruction set with every form of attention, and the relative error that the form states.
+fn attention_sets() -> Vec<(KernelSet, f64)> {
+    let forms = [(AttentionForm::F32, 1e-5), (AttentionForm::Int8, 4e-2)];
+    let sets = sets().into_iter().flat_map(|set| forms.map(|(form, bound)| Some((set.with_attention(form)?, bound))));
+    sets.flatten().collect()
+}
+
+#[test]
+fn attention_is_within_the_stated_error_for_every_shape() {
+    let shapes = [(2, 32), (1, 64), (3, 16), (2, 48), (1, 20), (2, 7), (1, 128), (5, 32)];
+    for (index, (n_heads, d_head)) in shapes.into_iter().enumerate() {
+        for len in [1, 2, 8, 15, 16, 17, 33, 64, 100] {
+            let heads = Heads { n_heads, d_head };
+            let problem = Attention::new(index as u64, heads, len, KeyBand::FULL, 1.0);
+            let expected = problem.expected();
+            for (set, bound) in attention_sets() {
+                let got = problem.run(&set, 48);
+                let error = relative_error(&got, &expected);
+                assert!(error < bound, "{set:?} {heads:?} length {len}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_holds_its_error_at_length_and_for_flat_and_sharp_scores() {
+    let heads = Heads { n_heads: 1, d_head: 32 };
+    for (len, band) in [(512, KeyBand::FULL), (1500, KeyBand::FULL), (700, KeyBand { left: 64, right: 64, globals: 1 })]
+    {
+        for sharpness in [0.05, 1.0, 6.0] {
+            let problem = Attention::new(5, heads, len, band, sharpness);
+            let expected = problem.expected();
+            for (set, bound) in attention_sets() {
+                let error = relative_error(&problem.run(&set, 40), &expected);
+                assert!(error < bound, "{set:?} length {len}, sharpness {sharpness}: {error:e}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn banded_attention_is_the_definition_and_does_not_depend_on_the_block(
+        left in 0usize..70, right in 0usize..70, globals in 0usize..40, len in 1usize..150, block in 1usize..60,
+        seed in 0u64..1000,
+    ) {
+        let heads = Heads { n_heads: 2, d_head: 32 };
+        let problem = Attention::new(seed, heads, len, KeyBand { left, right, globals }, 1.5);
+        let expected = problem.expected();
+        for (set, bound) in attention_sets() {
+            let got = problem.run(&set, block);
+            let error = relative_error(&got, &expected);
+            prop_assert!(error < bound, "{:?}: {:e}", set, error);
+            let whole = problem.run(&set, len);
+            let same = got.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits());
+            prop_assert!(same, "{:?}: blocks of {} differ from one block", set, block);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "codes")]
+fn too_short_rows_are_refused() {
+    let packed = PackedLinear::new(&[1; 64 * 64], &[1.0; 64], &[0.0; 64], 64);
+    let x = CodeRows { codes: &[0; 127], stride: 64, scales: &[RowScale::default(); 2] };
+    sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 2 * PANEL]);
+}
