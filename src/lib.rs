@@ -19,3 +19,6 @@ pub mod server;
 
 // Workshop wing.
 pub mod eval;
+
+// The only place where all meet.
+pub mod cli;

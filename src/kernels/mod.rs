@@ -8,6 +8,7 @@ pub mod attention;
 mod half;
 mod isa;
 pub mod layout;
+pub mod peak;
 pub mod reference;
 pub mod threads;
 

@@ -4,6 +4,7 @@
 mod attend;
 pub(super) mod detect;
 mod gemm;
+pub(super) mod peak;
 mod rows;
 mod simd;
 mod table;

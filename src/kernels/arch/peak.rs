@@ -1,0 +1,69 @@
+//! How fast the INT8 multiply instruction itself runs: independent accumulators in registers, no memory.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+use std::hint::black_box;
+
+use crate::kernels::{Isa, IsaName};
+
+/// Multiply-accumulates of `rounds` rounds of the instruction set's widest INT8 multiply; `None` where there is none.
+pub(in crate::kernels) fn burn(isa: Isa, rounds: u64) -> Option<u64> {
+    match isa.name() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: holding an `Isa` is the proof that the machine has it.
+        IsaName::Avx512Vnni => Some(unsafe { avx512_vnni(rounds) }),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        IsaName::AvxVnni => Some(unsafe { avx_vnni(rounds) }),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        IsaName::Avx2 => Some(unsafe { avx2(rounds) }),
+        _ => None,
+    }
+}
+
+/// Accumulators: more than two ports times five cycles of latency.
+const CHAINS: usize = 12;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn avx512_vnni(rounds: u64) -> u64 {
+    let (codes, weights) = (black_box(_mm512_set1_epi8(1)), black_box(_mm512_set1_epi8(1)));
+    let mut sums = [_mm512_setzero_si512(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, codes, weights);
+        }
+    }
+    black_box(sums);
+    rounds * CHAINS as u64 * 64
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avxvnni")]
+fn avx_vnni(rounds: u64) -> u64 {
+    let (codes, weights) = (black_box(_mm256_set1_epi8(1)), black_box(_mm256_set1_epi8(1)));
+    let mut sums = [_mm256_setzero_si256(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_dpbusd_avx_epi32(*sum, codes, weights);
+        }
+    }
+    black_box(sums);
+    rounds * CHAINS as u64 * 32
+}
+
+/// Exact INT8 products on AVX2 are 16-bit multiply-adds.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn avx2(rounds: u64) -> u64 {
+    let (codes, weights) = (black_box(_mm256_set1_epi16(1)), black_box(_mm256_set1_epi16(1)));
+    let mut sums = [_mm256_setzero_si256(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(codes, weights));
+        }
+    }
+    black_box(sums);
+    rounds * CHAINS as u64 * 16
+}
