@@ -6,13 +6,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::admission::{Admission, Ask, DrainRate};
 use super::error::{EngineError, StartError};
 use super::limits::EngineLimits;
-use super::pending::{Job, Pending};
+use super::pending::{Answer, Job, Pending};
 use super::queue::{Queue, Taken};
 use super::request::{Reply, Sequence, Submission};
 use super::worker::Worker;
@@ -278,8 +278,7 @@ impl Shared {
         if deadline.is_some_and(|deadline| deadline <= arrived) {
             return Err(EngineError::DeadlineExceeded { stage: ExpiryStage::Admission, waited: Duration::ZERO });
         }
-        let (pending, answer) = Pending::new(work.sequences.len(), work.want, arrived);
-        let tickets = self.admit(ask, pending, work.sequences, deadline)?;
+        let (tickets, answer) = self.admit(ask, work, arrived, deadline)?;
         let mut admitted = Admitted { shared: self, ask, tickets, answered: false };
         let answer = match deadline {
             None => answer.await,
@@ -347,14 +346,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes all of `ask` and queues the sequences, or nothing.
+    /// Takes all of `ask` and queues the sequences, or nothing. No handle to the [`Pending`] stays here: the channel
+    /// must close when the workers have let go of it.
     fn admit(
         &self,
         ask: Ask,
-        pending: Arc<Pending>,
-        sequences: Vec<Sequence>,
+        work: Submission,
+        arrived: Instant,
         deadline: Option<Instant>,
-    ) -> Result<Range<u64>, EngineError> {
+    ) -> Result<(Range<u64>, oneshot::Receiver<Answer>), EngineError> {
+        let (pending, answer) = Pending::new(ask.sequences, work.want, arrived);
         let mut state = self.state();
         if state.workers_left == 0 {
             return Err(EngineError::WorkerDied);
@@ -368,7 +369,7 @@ impl Shared {
             return Err(EngineError::Overloaded { reason, retry_after: state.drain.retry_after(outstanding) });
         }
         let start = state.queue.next_ticket();
-        for (index, sequence) in sequences.into_iter().enumerate() {
+        for (index, sequence) in work.sequences.into_iter().enumerate() {
             let n_tokens = sequence.ids.len();
             events::sequence_admitted(&self.metrics, n_tokens);
             state.queue.push(n_tokens, deadline, Job { pending: Arc::clone(&pending), index, sequence });
@@ -378,7 +379,7 @@ impl Shared {
         if state.idle_workers() > 0 {
             self.work.notify_one();
         }
-        Ok(tickets)
+        Ok((tickets, answer))
     }
 
     /// Removes what waits under `tickets`; the caller drops it when it has let go of the lock.

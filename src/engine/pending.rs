@@ -12,7 +12,8 @@ use super::request::{Reply, Sequence, SequenceRows};
 use crate::model::Want;
 use crate::telemetry::ExpiryStage;
 
-type Answer = Result<Reply, EngineError>;
+/// What a submission's future gets.
+pub(crate) type Answer = Result<Reply, EngineError>;
 
 /// The rows that have come, and where to send them. Only workers and the queue hold it: when the last of them lets go
 /// without an answer, the submission's future learns it from the closed channel.

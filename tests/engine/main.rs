@@ -1,4 +1,5 @@
 //! The engine with models of straw: admission, order, cancellation, deadlines, death, and that everything adds up.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, as tests do")]
 
 mod straw;
 mod stress;
@@ -196,6 +197,8 @@ async fn a_worker_sheds_what_has_expired() {
 async fn a_burst_is_spread_over_free_workers_and_kept_together_when_small() {
     let limits = EngineLimits { min_share_tokens: 64, ..wide() };
     let farm = start(3, limits, shut());
+    // Give the workers time to fall asleep: each must be woken by the one before it.
+    sleep(50 * MS).await;
     // 12 sequences of 20 tokens over three workers: four each.
     let task = farm.spawn(ones(12, 20));
     until("all workers are in a batch", || farm.field.gate.n_waiting.load(SeqCst) == 3).await;
