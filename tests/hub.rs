@@ -157,6 +157,18 @@ fn a_cut_transfer_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn a_busy_server_does_not_cost_what_is_there() {
+    let mut repo = repo();
+    (repo.cuts, repo.refuses_first_range) = (1, true);
+    let stand_in = repo.serve();
+    let client = Client::of(&stand_in);
+    let dir = client.download().unwrap();
+    assert!(fs::read(dir.join(WEIGHTS)).unwrap() == weights());
+    let asked: Vec<_> = stand_in.storage.requests().iter().map(|r| r.header("range").is_some()).collect();
+    assert_eq!(asked, [false, true, true]);
+}
+
+#[test]
 fn the_next_run_goes_on_where_the_last_one_failed() {
     let mut repo = repo();
     repo.cuts = 1;

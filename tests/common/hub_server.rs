@@ -132,6 +132,8 @@ pub(crate) struct Repo {
     /// The storage's first so many answers are cut half way through what they were to send.
     pub(crate) cuts: usize,
     pub(crate) ignores_range: bool,
+    /// The storage's first answer to a range is 503.
+    pub(crate) refuses_first_range: bool,
     /// Storage answers at the origin itself instead of on another port.
     pub(crate) one_host: bool,
     /// Only this token may read.
@@ -150,6 +152,7 @@ impl Repo {
             false_size: None,
             cuts: 0,
             ignores_range: false,
+            refuses_first_range: false,
             one_host: false,
             token: None,
             first_replies: Vec::new(),
@@ -216,6 +219,9 @@ impl Repo {
         let file = request.path.trim_start_matches("/storage/").trim_end_matches("?signature=secret");
         let content = &self.files[file];
         let asked = request.header("range").filter(|_| !self.ignores_range);
+        if asked.is_some() && self.refuses_first_range && n_stored.fetch_add(1, Ordering::Relaxed) == self.cuts {
+            return Reply::new(503, "busy");
+        }
         let start: usize = asked.map_or(0, |r| r.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
         let mut reply = match asked {
             Some(_) if start >= content.len() => return Reply::new(416, ""),

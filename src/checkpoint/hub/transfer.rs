@@ -303,16 +303,17 @@ impl<'a> Client<'a> {
     }
 
     /// The bytes of `url` from `offset` on: a partial answer that begins there, or the whole file if the server does
-    /// not resume; `None` if it answers neither.
+    /// not resume; `None` if it must be asked for the whole again.
     fn rest(&self, url: &str, offset: u64, announced: &Announced) -> Result<Option<HubResponse>, HubError> {
         let resume = Resume { offset, etag: announced.etag.as_deref() };
-        let (_, answer) = self.get(url, Some(&resume))?;
-        let is_usable = match answer.status().as_u16() {
-            200 => true,
-            206 => range_start(&answer) == Some(offset),
-            _ => false, // asked again from the start, where a real error shows itself
-        };
-        Ok(is_usable.then_some(answer))
+        let (url, answer) = self.get(url, Some(&resume))?;
+        match answer.status().as_u16() {
+            200 => Ok(Some(answer)),
+            206 => Ok(Some(answer).filter(|answer| range_start(answer) == Some(offset))),
+            416 => Ok(None),
+            // What is there already is kept for the next try.
+            _ => Err(self.refusal(&url, answer)),
+        }
     }
 
     /// GET along all redirects: the last address and its answer.
