@@ -18,6 +18,7 @@ pub mod engine;
 pub mod server;
 
 // Workshop wing.
+pub mod compress;
 pub mod eval;
 
 // The only place where all meet.

@@ -179,6 +179,9 @@ pub(super) struct CompressArgs {
     /// Share of all FFN neurons to remove, 0 to 0.9.
     #[arg(long, default_value_t = 0.0, value_parser = super::parse::share)]
     pub(super) prune_ffn: f64,
+    /// How the importance of heads and neurons is measured.
+    #[arg(long, default_value_t = crate::compress::Importance::default())]
+    pub(super) importance: crate::compress::Importance,
     /// Band of every layer of the artefact.
     #[arg(long, value_name = "window=W[,globals=G]", value_parser = super::parse::attention)]
     pub(super) attention: Option<crate::model::Band>,

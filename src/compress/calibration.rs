@@ -1,0 +1,93 @@
+//! Text that importance and reconstruction are measured on.
+
+use std::path::Path;
+
+use rand::seq::SliceRandom;
+use rand::{SeedableRng, rngs::StdRng};
+
+use super::CompressError;
+use crate::checkpoint::sha256_hex;
+use crate::eval::{Encode, EvalError, read_lines};
+use crate::model::RaggedBatch;
+
+/// Tokens of one batch: large enough for efficient products, small enough that a batch's activations and gradients
+/// take some hundred megabytes at most.
+const BATCH_TOKENS: usize = 2_048;
+
+/// A sample of calibration text as batches of ids; there is no padding, so none can enter a statistic.
+#[derive(Debug)]
+pub struct CalibrationText {
+    /// Sequences in order of length.
+    pub batches: Vec<RaggedBatch>,
+    /// Texts that were not sampled, for measuring.
+    pub held_out: Vec<String>,
+    /// sha256 of the file.
+    pub sha256: String,
+    /// Texts sampled.
+    pub n_texts: usize,
+    /// Tokens sampled.
+    pub n_tokens: usize,
+}
+
+/// Reads one text a line (a JSON string or plain text), shuffles by `seed` and takes texts up to `budget` tokens;
+/// the next `n_held_out` texts are kept apart.
+///
+/// # Errors
+/// If the file is missing, empty or not UTF-8, or the tokenizer fails.
+pub fn sample(
+    path: &Path,
+    encode: &Encode<'_>,
+    budget: usize,
+    n_held_out: usize,
+    seed: u64,
+) -> Result<CalibrationText, CompressError> {
+    let mut lines = read_lines(path)?;
+    let bytes = std::fs::read(path).map_err(|source| EvalError::Io { path: path.to_owned(), source })?;
+    let sha256 = sha256_hex(&bytes);
+    lines.shuffle(&mut StdRng::seed_from_u64(seed));
+    let mut lines = lines.into_iter();
+    let (mut ids, mut n_tokens): (Vec<Vec<u32>>, _) = (Vec::new(), 0);
+    while n_tokens < budget {
+        let Some(line) = lines.next() else { break };
+        let mut sequence = encode(&line).map_err(EvalError::Encode)?;
+        if n_tokens + sequence.len() > budget && !ids.is_empty() {
+            sequence.truncate(budget - n_tokens);
+        }
+        n_tokens += sequence.len();
+        if !sequence.is_empty() {
+            ids.push(sequence);
+        }
+    }
+    ids.sort_by_key(Vec::len);
+    let n_texts = ids.len();
+    Ok(CalibrationText {
+        batches: batches(&ids)?,
+        held_out: lines.take(n_held_out).collect(),
+        sha256,
+        n_texts,
+        n_tokens,
+    })
+}
+
+fn batches(ids: &[Vec<u32>]) -> Result<Vec<RaggedBatch>, CompressError> {
+    let mut batches: Vec<RaggedBatch> = Vec::new();
+    for sequence in ids {
+        match batches.last_mut() {
+            Some(batch) if batch.n_tokens() + sequence.len() <= BATCH_TOKENS => batch.push(sequence)?,
+            _ => batches.push(RaggedBatch::from_sequences(&[sequence])?),
+        }
+    }
+    Ok(batches)
+}
+
+impl CalibrationText {
+    /// A sample of given sequences.
+    ///
+    /// # Errors
+    /// If a sequence is empty.
+    pub fn from_sequences(mut ids: Vec<Vec<u32>>) -> Result<Self, CompressError> {
+        ids.sort_by_key(Vec::len);
+        let (n_texts, n_tokens) = (ids.len(), ids.iter().map(Vec::len).sum());
+        Ok(Self { batches: batches(&ids)?, held_out: Vec::new(), sha256: String::new(), n_texts, n_tokens })
+    }
+}

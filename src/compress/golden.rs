@@ -1,0 +1,54 @@
+//! Texts with the answers an artefact must give, so that a server can check itself before it takes requests.
+
+use crate::checkpoint::Golden;
+use crate::eval::{Embeddings, Encode, EvalError, embed};
+use crate::model::Forward;
+
+/// From a single word to a paragraph, with figures, symbols and other scripts.
+pub(super) const TEXTS: [&str; 8] = [
+    "garden",
+    "How do I prune a pine tree?",
+    "The cat sat on the windowsill, watching snow fall.",
+    "Invoice #4821: 3 × €19.90 plus VAT is due on 2024-02-29.",
+    "fn main() { println!(\"{}\", 6 * 7); }",
+    "Die Gärtnerin schneidet die Kiefer; 盆栽 is an art of patience.",
+    "A niwaki is a tree shaped by repeated cutting. Branches that carry little are removed, those that remain are bent \
+     and thinned until the form is clear, and the tree goes on living.",
+    "Photosynthesis converts light energy into chemical energy that is later released to fuel the organism's \
+     activities. In most cases oxygen is released as a waste product. Most plants, algae and cyanobacteria perform \
+     photosynthesis; such organisms are called photoautotrophs. The process is largely responsible for producing and \
+     maintaining the oxygen content of the Earth's atmosphere, and it supplies most of the energy necessary for life \
+     on Earth. Although different species perform it differently, it always begins when energy from light is absorbed \
+     by proteins called reaction centres, which contain green pigments.",
+];
+
+/// A cosine as it is written down: what further digits say depends on the machine.
+pub(super) fn round_cosine(cosine: f64) -> f64 {
+    (cosine * 1e6).round() / 1e6
+}
+
+/// Embeddings of [`TEXTS`] by the uncompressed model.
+pub(super) fn reference(model: &mut dyn Forward, encode: &Encode<'_>) -> Result<Embeddings, EvalError> {
+    embed(model, encode, &TEXTS, |_| ())
+}
+
+/// The entries of the manifest.
+pub(super) fn entries(
+    reference: &Embeddings,
+    artefact: &mut dyn Forward,
+    encode: &Encode<'_>,
+) -> Result<Vec<Golden>, EvalError> {
+    let got = embed(artefact, encode, &TEXTS, |_| ())?;
+    TEXTS
+        .iter()
+        .enumerate()
+        .map(|(index, text)| {
+            Ok(Golden {
+                text: (*text).to_owned(),
+                ids: encode(text).map_err(EvalError::Encode)?,
+                reference: reference.row(index).to_vec(),
+                cosine: round_cosine(reference.cosine(index, &got, index)),
+            })
+        })
+        .collect()
+}
