@@ -7,7 +7,7 @@ mod inputs;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-pub use inputs::{Bounded, IdLists, Input, Item, MAX_ITEMS, Texts};
+pub use inputs::{Bounded, IdLists, Input, Item, MAX_ITEMS, Object, Texts};
 
 /// Which end of an input that is too long is cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, ToSchema)]
@@ -68,10 +68,12 @@ pub struct EmbedAllRequest {
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct SimilarityRequest {
     /// What is compared.
-    pub inputs: SimilarityInput,
+    #[schema(value_type = SimilarityInput)]
+    pub inputs: Object<SimilarityInput>,
     /// How.
     #[serde(default)]
-    pub parameters: Option<SimilarityParameters>,
+    #[schema(value_type = Option<SimilarityParameters>)]
+    pub parameters: Option<Object<SimilarityParameters>>,
 }
 
 /// The sentences of `POST /similarity`.

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::api::Object;
 use super::error::ServerError;
 use super::layers::{Arrival, REQUEST_TIMEOUT};
 use super::state::AppState;
@@ -28,8 +29,8 @@ const MAX_TIMEOUT_MS: u64 = 3_600_000;
 pub(crate) struct Call<T> {
     pub(crate) body: T,
     pub(crate) clock: Clock,
-    /// Held while the request's content is.
-    _memory: Option<OwnedSemaphorePermit>,
+    /// To be held while the request's content is.
+    pub(crate) memory: Option<OwnedSemaphorePermit>,
 }
 
 /// When a request came and when its answer is no longer of use.
@@ -89,13 +90,13 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Call<T> {
             Err(_) if end < last => return Err(clock.expired(app)),
             Err(_) => return Err(ServerError::BodyTimeout { limit }),
         };
-        let body = if bytes.len() <= SMALL_BODY {
+        let Object(body) = if bytes.len() <= SMALL_BODY {
             serde_json::from_slice(&bytes)?
         } else {
             let parsing = app.pool.run(move |_, _| serde_json::from_slice(&bytes));
             clock.within(app, parsing).await?.map_err(ServerError::Pool)??
         };
-        Ok(Self { body, clock, _memory: memory })
+        Ok(Self { body, clock, memory })
     }
 }
 

@@ -204,3 +204,139 @@ async fn refuse(request: Request, error: ServerError) -> Response {
     }
     error.into_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::routing::post;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::engine::{Engine, EngineLimits};
+    use crate::model::{
+        Activation, Architecture, ArchitectureSpec, Band, Family, Forward, ForwardMemory, LayerConfig, ModelError,
+        Outputs, Pooling, Positions, RaggedBatch, Want,
+    };
+    use crate::server::{ServedModel, ServerConfig};
+    use crate::telemetry::Metrics;
+    use crate::text::Tokenizer;
+
+    /// Never asked.
+    struct Nothing(Architecture);
+
+    impl Forward for Nothing {
+        fn architecture(&self) -> &Architecture {
+            &self.0
+        }
+        fn forward(&mut self, _: &RaggedBatch, _: Want, _: &mut Outputs) -> Result<(), ModelError> {
+            Err(ModelError::EmptySequence)
+        }
+        fn memory(&self) -> ForwardMemory {
+            ForwardMemory::default()
+        }
+    }
+
+    fn state() -> AppState {
+        let spec = ArchitectureSpec {
+            family: Family::Bert,
+            vocab_size: 4,
+            n_token_types: 0,
+            positions: Positions { table_len: 4, offset: 0, tiled: false },
+            d_model: 4,
+            norm_eps: 1e-12,
+            activation: Activation::Gelu,
+            layers: vec![LayerConfig { n_heads: 1, d_head: 4, d_ffn: 4, band: Band::FULL }],
+            pooling: Pooling::Mean,
+            normalize: true,
+            max_input_tokens: 4,
+        };
+        let json = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":null,"post_processor":null,"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"tree":0,"?":1},"unk_token":"?"}}"#;
+        let text = || "test".to_owned();
+        let model = ServedModel {
+            model_id: text(),
+            model_sha: None,
+            served_name: text(),
+            family: text(),
+            compression: text(),
+            dtype: text(),
+            attention: text(),
+            isa: text(),
+            pooling: Pooling::Mean,
+            d_model: 4,
+            vocab_size: 4,
+            max_input_tokens: 4,
+        };
+        let metrics = Metrics::new();
+        let worker = Box::new(Nothing(Architecture::new(spec).unwrap()));
+        let engine = Engine::start(vec![worker], EngineLimits::default(), Arc::clone(&metrics)).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
+        let state = AppState::new(ServerConfig::new(model), tokenizer, engine, metrics).unwrap();
+        state.readiness().set_ready();
+        state
+    }
+
+    async fn bug() -> Response {
+        panic!("as the test asks")
+    }
+
+    #[tokio::test]
+    async fn a_bug_is_a_500_in_json_and_costs_one_request() {
+        let state = state();
+        let routes = Router::new().route("/embed", post(bug)).route("/v1/embeddings", post(bug));
+        let app = around(routes, &state);
+        for (path, expected) in [
+            ("/embed", r#"{"error":"internal error","error_type":"Internal"}"#),
+            (
+                "/v1/embeddings",
+                r#"{"error":{"message":"internal error","type":"server_error","param":null,"code":"internal_error"}}"#,
+            ),
+        ] {
+            let request = Request::post(path).body(Body::empty()).unwrap();
+            let response = app.clone().oneshot(request).await.unwrap();
+            assert_eq!(response.status().as_u16(), 500);
+            assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), expected);
+        }
+        assert_eq!(state.metrics.responses(Route::Embed, 500), 1);
+        assert_eq!(state.metrics.requests_in_flight(), 0);
+        assert_eq!(state.work.count(), 0, "the request is over");
+    }
+
+    #[test]
+    fn settings_that_cannot_be_are_named() {
+        use crate::server::ConfigError;
+        let state = state();
+        let new = |change: &dyn Fn(&mut ServerConfig)| {
+            let json = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+                "pre_tokenizer":null,"post_processor":null,"decoder":null,
+                "model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}"#;
+            let mut config = state.config.clone();
+            change(&mut config);
+            let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
+            AppState::new(config, tokenizer, state.engine.clone(), Metrics::new()).map(drop)
+        };
+        assert!(new(&|_| ()).is_ok());
+        let range = |result: Result<(), ConfigError>, expected: &str| match result {
+            Err(ConfigError::Range { name, .. }) => assert_eq!(name, expected),
+            other => panic!("{expected}: {other:?}"),
+        };
+        range(new(&|config| config.payload_limit = 0), "payload_limit");
+        range(new(&|config| config.max_client_batch_size = 0), "max_client_batch_size");
+        range(new(&|config| config.max_client_batch_size = 1 << 20), "max_client_batch_size");
+        range(new(&|config| config.max_body_bytes = 10), "max_body_bytes");
+        range(new(&|config| config.model.max_input_tokens = 0), "max_input_tokens");
+        assert!(matches!(new(&|config| config.api_keys = vec![String::new()]), Err(ConfigError::Key)));
+        assert!(matches!(new(&|config| config.api_keys = vec!["a b".to_owned()]), Err(ConfigError::Key)));
+        let origin = |origin: &str| new(&|config| config.cors_allow_origin = vec![origin.to_owned()]);
+        assert!(matches!(origin("example.org"), Err(ConfigError::Origin { .. })));
+        assert!(origin("https://example.org").is_ok() && origin("*").is_ok());
+        let too_long = new(&|config| {
+            config.auto_truncate = false;
+            config.model.max_input_tokens = 1 << 20;
+        });
+        assert!(matches!(too_long, Err(ConfigError::Batch { .. })));
+    }
+}

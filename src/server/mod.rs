@@ -6,6 +6,7 @@
 
 pub mod api;
 mod config;
+mod connection;
 pub mod error;
 mod extract;
 mod inputs;

@@ -1,21 +1,20 @@
 //! The service on a socket: connections, and the end of them.
 
 use std::io;
-use std::pin::{Pin, pin};
-use std::task::{Context, Poll, ready};
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use super::connection::{Activity, WriteTimeout, service};
 use super::router::router;
 use super::state::AppState;
 use crate::telemetry::events;
@@ -115,7 +114,8 @@ impl Connections {
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%error, "cannot set TCP_NODELAY");
         }
-        let service = TowerToHyperService::new(self.app.clone());
+        let activity = Arc::new(Activity::default());
+        let service = service(self.app.clone(), Arc::clone(&activity));
         let (closing, cut) = (self.closing.clone(), self.cut.clone());
         let (head_timeout, write_timeout) = (self.head_timeout, self.write_timeout);
         /// Drives `connection` to its end, its last request, or the cut.
@@ -126,7 +126,10 @@ impl Connections {
                     result = connection.as_mut() => result,
                     () = closing.cancelled() => {
                         connection.as_mut().graceful_shutdown();
-                        connection.await
+                        tokio::select! {
+                            result = connection.as_mut() => result,
+                            () = activity.ended() => Ok(()),
+                        }
                     }
                 }
             }};
@@ -138,7 +141,7 @@ impl Connections {
                     () = closing.cancelled() => return,
                 };
                 let Ok(Ok(Some(version))) = version else { return };
-                let io = TokioIo::new(WriteTimeout::new(stream, write_timeout));
+                let io = TokioIo::new(WriteTimeout::new(stream, write_timeout, Arc::clone(&activity)));
                 let result = match version {
                     Protocol::Http1 => {
                         let mut http = http1::Builder::new();
@@ -188,101 +191,24 @@ enum Protocol {
     Http2,
 }
 
-/// What the first bytes say, without taking them; `None` if there are none. A client that speaks HTTP/2 outright begins
-/// with `PRI`, and sends that with the rest of its greeting: no other bytes are waited for.
+/// What a client that speaks HTTP/2 outright begins with.
+const HTTP2_GREETING: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What the first bytes say, without taking them; `None` if there are none.
 async fn protocol(stream: &TcpStream) -> io::Result<Option<Protocol>> {
-    let mut first = [0; 3];
-    Ok(match stream.peek(&mut first).await? {
-        0 => None,
-        _ if &first == b"PRI" => Some(Protocol::Http2),
-        _ => Some(Protocol::Http1),
-    })
-}
-
-/// A stream whose writes fail when the other side takes nothing for too long. Without that a client which never reads
-/// its answer would keep it in memory.
-struct WriteTimeout<S> {
-    stream: S,
-    limit: Duration,
-    /// Set while a write waits.
-    waiting: Option<Pin<Box<Sleep>>>,
-}
-
-impl<S: AsyncWrite + Unpin> WriteTimeout<S> {
-    fn new(stream: S, limit: Duration) -> Self {
-        Self { stream, limit, waiting: None }
-    }
-
-    fn watch<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        let result = write(Pin::new(&mut self.stream), context);
-        if result.is_ready() {
-            self.waiting = None;
-            return result;
-        }
-        let limit = self.limit;
-        let waiting = self.waiting.get_or_insert_with(|| Box::pin(sleep(limit)));
-        ready!(waiting.as_mut().poll(context));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for WriteTimeout<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.watch(context, |stream, context| stream.poll_write(context, bytes))
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.watch(context, |stream, context| stream.poll_write_vectored(context, slices))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.watch(context, |stream, context| stream.poll_flush(context))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.watch(context, |stream, context| stream.poll_shutdown(context))
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeout<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
-
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_reader_that_takes_nothing_is_given_up() {
-        let (near, mut far) = duplex(16);
-        let mut near = WriteTimeout::new(near, Duration::from_secs(30));
-        let start = Instant::now();
-        let writing = tokio::spawn(async move { near.write_all(&[7; 100]).await.map_err(|error| error.kind()) });
-        sleep(Duration::from_secs(20)).await;
-        // Taking some starts the time anew.
-        let mut some = [0; 10];
-        far.read_exact(&mut some).await.unwrap();
-        assert_eq!(writing.await.unwrap(), Err(io::ErrorKind::TimedOut));
-        assert_eq!(start.elapsed().as_secs(), 50);
+    let mut first = [0; HTTP2_GREETING.len()];
+    loop {
+        let n_bytes = stream.peek(&mut first).await?;
+        return Ok(match &first[..n_bytes] {
+            b"" => None,
+            greeting if greeting == HTTP2_GREETING => Some(Protocol::Http2),
+            // No request of HTTP/1 begins so; a client that sends its greeting in pieces is rare enough to ask again.
+            // (It is waited for here, because nothing limits its time later.)
+            part if part.starts_with(b"PRI") && HTTP2_GREETING.starts_with(part) => {
+                sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+            _ => Some(Protocol::Http1),
+        });
     }
 }

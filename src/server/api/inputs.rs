@@ -3,8 +3,10 @@
 //! Written by hand: serde's untagged enums buffer everything first and say nothing useful about what is wrong.
 
 use std::fmt;
+use std::marker::PhantomData;
 
-use serde::de::{Error as _, IgnoredAny, SeqAccess, Visitor};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use utoipa::openapi::schema::{AnyOf, Array, ObjectBuilder, Schema, SchemaType, Type};
 use utoipa::openapi::{KnownFormat, RefOr, SchemaFormat};
@@ -53,7 +55,7 @@ impl<T> Bounded<T> {
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Bounded<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct List<T>(std::marker::PhantomData<T>);
+        struct List<T>(PhantomData<T>);
         impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
             type Value = Bounded<T>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -63,7 +65,27 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Bounded<T> {
                 Bounded::new().fill(seq)
             }
         }
-        deserializer.deserialize_seq(List(std::marker::PhantomData))
+        deserializer.deserialize_seq(List(PhantomData))
+    }
+}
+
+/// A JSON object. (A derived reader would take a list of the fields' values as well.)
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ObjectVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
+            type Value = Object<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(ObjectVisitor(PhantomData))
     }
 }
 
@@ -134,7 +156,7 @@ impl<'de> Deserialize<'de> for Input {
                         Ok(First::Item(Item::Text(text.to_owned())))
                     }
                     fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<First, A::Error> {
-                        let ids = serde::de::value::SeqAccessDeserializer::new(seq);
+                        let ids = SeqAccessDeserializer::new(seq);
                         Item::deserialize(ids).map(First::Item)
                     }
                 }

@@ -10,7 +10,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::engine::{Reply, Submission};
 use crate::model::Want;
 use crate::server::api::{
-    EmbedAllRequest, EmbedRequest, Item, OpenAiRequest, OpenAiResponse, SimilarityRequest, TruncationDirection,
+    EmbedAllRequest, EmbedRequest, Item, Object, OpenAiRequest, OpenAiResponse, SimilarityRequest, TruncationDirection,
 };
 use crate::server::error::ServerError;
 use crate::server::extract::{Call, Clock, SMALL_BODY, take_memory};
@@ -77,6 +77,15 @@ impl Timing {
     }
 }
 
+/// What is to be computed for a request.
+struct Work {
+    clock: Clock,
+    body_memory: Option<OwnedSemaphorePermit>,
+    items: Vec<Item>,
+    /// What the request calls its inputs.
+    field: &'static str,
+}
+
 /// What the engine computed for a request.
 struct Computed {
     reply: Reply,
@@ -86,15 +95,11 @@ struct Computed {
 }
 
 /// Tokenizes and computes.
-async fn compute(
-    app: &AppState,
-    clock: Clock,
-    items: Vec<Item>,
-    options: Options,
-    want: Want,
-    field: &'static str,
-) -> Result<Computed, ServerError> {
+async fn compute(app: &AppState, work: Work, options: Options, want: Want) -> Result<Computed, ServerError> {
+    let Work { clock, body_memory, items, field } = work;
     let encoded = encode(app, clock, items, options, field).await?;
+    // The texts are gone by now.
+    drop(body_memory);
     // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
     let n_rows = encoded.sequences.len() + if want == Want::PooledAndTokens { encoded.n_tokens } else { 0 };
     let n_bytes = n_rows.saturating_mul(app.config.model.d_model * size_of::<f32>());
@@ -159,7 +164,8 @@ pub(crate) async fn embed(State(app): State<AppState>, call: Call<EmbedRequest>)
     let items = items_of(&app, inputs, "inputs")?;
     let dimensions = checked_dimensions(&app, dimensions)?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let Computed { reply, timing, memory } = compute(&app, call.clock, items, options, Want::Pooled, "inputs").await?;
+    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&app, work, options, Want::Pooled).await?;
     let writer = RowsWriter::new(vectors(reply, dimensions, normalize), Layout::Vectors);
     Ok(timing.on(writer.respond(&app.metrics, memory)))
 }
@@ -181,8 +187,8 @@ pub(crate) async fn embed_all(
     let EmbedAllRequest { inputs, truncate, truncation_direction, prompt_name } = call.body;
     let items = items_of(&app, inputs, "inputs")?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let Computed { reply, timing, memory } =
-        compute(&app, call.clock, items, options, Want::PooledAndTokens, "inputs").await?;
+    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&app, work, options, Want::PooledAndTokens).await?;
     let rows = reply.rows.into_iter().map(|rows| rows.tokens).collect();
     let writer = RowsWriter::new(rows, Layout::TokenVectors { width: app.config.model.d_model });
     Ok(timing.on(writer.respond(&app.metrics, memory)))
@@ -196,7 +202,8 @@ pub(crate) async fn similarity(
     call: Call<SimilarityRequest>,
 ) -> Result<Response, ServerError> {
     let SimilarityRequest { inputs, parameters } = call.body;
-    let parameters = parameters.unwrap_or_default();
+    let Object(inputs) = inputs;
+    let Object(parameters) = parameters.unwrap_or_default();
     let mut sentences = inputs.sentences;
     if sentences.n_sent == 0 {
         return Err(ServerError::Empty { field: "inputs.sentences" });
@@ -210,7 +217,8 @@ pub(crate) async fn similarity(
         direction: parameters.truncation_direction,
         prompt_name: parameters.prompt_name,
     };
-    let Computed { reply, timing, memory } = compute(&app, call.clock, items, options, Want::Pooled, "inputs").await?;
+    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&app, work, options, Want::Pooled).await?;
     let (source, others) = reply.rows.split_first().ok_or(ServerError::Internal)?;
     let cosines = others.iter().map(|rows| cosine(&source.pooled, &rows.pooled)).collect();
     // A vector of cosines is written as any other, without the brackets of a list of one.
@@ -228,7 +236,8 @@ pub(crate) async fn v1_embeddings(
     let items = items_of(&app, call.body.input, "input")?;
     let dimensions = checked_dimensions(&app, call.body.dimensions)?;
     let options = Options { truncate: None, direction: TruncationDirection::Right, prompt_name: None };
-    let Computed { reply, timing, memory } = compute(&app, call.clock, items, options, Want::Pooled, "input").await?;
+    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "input" };
+    let Computed { reply, timing, memory } = compute(&app, work, options, Want::Pooled).await?;
     let layout = Layout::OpenAi {
         format: call.body.encoding_format.unwrap_or_default(),
         model: app.served_name_json.clone(),
