@@ -1,4 +1,5 @@
 //! The HTTP surface, through the router and over a socket.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod service;
 

@@ -1,4 +1,5 @@
 //! Kernels of every instruction set of this machine against `kernels::reference`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use niwaki::kernels::attention::{CacheLine, HalfPanels, Heads, KeyBand, SequenceHeads};
 use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowScale, block_index, code_stride};

@@ -89,7 +89,13 @@ fn print_table(report: &Value) {
         count("/threads"),
         count("/workers")
     );
-    println!("{} sequences, {} tokens in {} batches, {} rounds", count("/sequences"), count("/tokens"), count("/batches"), count("/rounds"));
+    println!(
+        "{} sequences, {} tokens in {} batches, {} rounds",
+        count("/sequences"),
+        count("/tokens"),
+        count("/batches"),
+        count("/rounds")
+    );
     println!(
         "a batch        p50 {:.3} ms   p90 {:.3}   p99 {:.3}   min {:.3}",
         number("/latency_ms/p50"),
@@ -119,8 +125,12 @@ fn macs(architecture: &Architecture, len: usize) -> f64 {
         .iter()
         .enumerate()
         .map(|(layer, config)| {
-            let slots =
-                [LinearSlot::Qkv(layer), LinearSlot::AttentionOut(layer), LinearSlot::FfnUp(layer), LinearSlot::FfnDown(layer)];
+            let slots = [
+                LinearSlot::Qkv(layer),
+                LinearSlot::AttentionOut(layer),
+                LinearSlot::FfnUp(layer),
+                LinearSlot::FfnDown(layer),
+            ];
             let linear: usize = slots
                 .iter()
                 .map(|slot| {
@@ -134,7 +144,11 @@ fn macs(architecture: &Architecture, len: usize) -> f64 {
 }
 
 /// Plays all batches once; with several workers each takes the next batch that is left.
-fn play(workers: &mut [Box<dyn Forward>], batches: &[RaggedBatch], architecture: &Architecture) -> anyhow::Result<Measured> {
+fn play(
+    workers: &mut [Box<dyn Forward>],
+    batches: &[RaggedBatch],
+    architecture: &Architecture,
+) -> anyhow::Result<Measured> {
     let next = AtomicUsize::new(0);
     let started = Instant::now();
     let samples = std::thread::scope(|scope| {

@@ -47,9 +47,8 @@ fn print(report: &Report) {
         manifest.size.source_bytes as f64 / 1e6
     );
     if let Some(pruning) = &manifest.pruning {
-        let kept = |layers: &[(usize, usize)]| {
-            layers.iter().map(|(_, after)| after.to_string()).collect::<Vec<_>>().join(" ")
-        };
+        let kept =
+            |layers: &[(usize, usize)]| layers.iter().map(|(_, after)| after.to_string()).collect::<Vec<_>>().join(" ");
         println!("heads kept per layer: {}", kept(&pruning.heads));
         println!("FFN neurons kept per layer: {}", kept(&pruning.ffn));
         let (before, after) = pruning.macs_per_token;

@@ -68,7 +68,10 @@ fn print_table(checkpoint: &Checkpoint) -> anyhow::Result<()> {
         if spec.normalize { ", normalised" } else { "" }
     );
     println!("{:.1} MB of weights\n", checkpoint.weights_bytes() as f64 / 1e6);
-    println!("{:>5} {:>6} {:>7} {:>7} {:>6} {:>24} {:>12}", "layer", "heads", "d_head", "d_ffn", "bits", "attention", "MAC/token");
+    println!(
+        "{:>5} {:>6} {:>7} {:>7} {:>6} {:>24} {:>12}",
+        "layer", "heads", "d_head", "d_ffn", "bits", "attention", "MAC/token"
+    );
     let mut total = 0;
     for (layer, config) in spec.layers.iter().enumerate() {
         let macs = layer_macs(spec, layer);

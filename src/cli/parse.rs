@@ -39,7 +39,8 @@ mod tests {
     fn attention_patterns() {
         assert_eq!(attention("window=128,globals=cls"), Ok(Band::symmetric(128, 1)));
         assert_eq!(attention("globals=4, window=8"), Ok(Band::symmetric(8, 4)));
-        for wrong in ["", "window", "window=0", "window=x", "globals=cls", "window=-1", "width=3", "window=99999999999"] {
+        for wrong in ["", "window", "window=0", "window=x", "globals=cls", "window=-1", "width=3", "window=99999999999"]
+        {
             assert!(attention(wrong).is_err(), "{wrong} was accepted");
         }
     }

@@ -113,10 +113,8 @@ fn server_config(args: &ServeArgs, checkpoint: &Checkpoint, loaded: &Loaded) -> 
     config.default_timeout = timeout(args);
     config.prompts = prompts;
     config.default_prompt = default_prompt;
-    config.tokenization_workers = args
-        .tokenization_workers
-        .or_else(|| NonZeroUsize::new(loaded.n_threads))
-        .unwrap_or(NonZeroUsize::MIN);
+    config.tokenization_workers =
+        args.tokenization_workers.or_else(|| NonZeroUsize::new(loaded.n_threads)).unwrap_or(NonZeroUsize::MIN);
     Ok(config)
 }
 
@@ -128,7 +126,9 @@ fn served_model(args: &ServeArgs, checkpoint: &Checkpoint, loaded: &Loaded) -> S
         (None, None) => checkpoint.name().to_owned(),
     };
     let compression = match checkpoint.manifest() {
-        Some(manifest) => manifest.schemes.iter().map(|(group, scheme)| format!("{group}: {scheme}")).collect::<Vec<_>>(),
+        Some(manifest) => {
+            manifest.schemes.iter().map(|(group, scheme)| format!("{group}: {scheme}")).collect::<Vec<_>>()
+        }
         None => Vec::new(),
     };
     let band = architecture.layers[0].band;
@@ -192,7 +192,7 @@ fn self_check(
         let cosine = cosine(&out.pooled, &golden.reference);
         let bound = golden.cosine - SELF_CHECK_SLACK;
         // A NaN must not pass.
-        if !(cosine >= bound) {
+        if cosine.is_nan() || cosine < bound {
             bail!("self-check: golden input {index} has cosine {cosine:.5} to its reference, less than {bound:.5}");
         }
         worst = worst.min(cosine);

@@ -17,7 +17,6 @@ mod simulate;
 mod surgeon;
 mod weights;
 
-
 pub use allocate::{Ranking, allocate};
 pub use calibration::{CalibrationText, sample};
 pub use error::CompressError;

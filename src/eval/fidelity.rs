@@ -66,6 +66,7 @@ pub fn compare(reference: &Embeddings, model: &Embeddings) -> Result<Fidelity, E
 ///
 /// # Errors
 /// If a tokenizer or model fails, or the widths differ.
+#[allow(clippy::needless_pass_by_value, reason = "a model and its tokenizer are borrowed as a pair")]
 pub fn fidelity(
     reference: (&mut dyn Forward, &Encode<'_>),
     model: (&mut dyn Forward, &Encode<'_>),

@@ -9,6 +9,7 @@ use super::state::AppState;
 use super::{layers, openapi};
 
 /// The whole service, without a socket.
+#[allow(clippy::needless_pass_by_value, reason = "the router keeps the state; a handle is what callers have")]
 pub fn router(state: AppState) -> Router {
     let routes = Router::new()
         .route("/", get(ops::root).post(embed::root))

@@ -6,6 +6,9 @@ use std::fs;
 use niwaki::checkpoint::{Dtype, TensorOut, write_safetensors};
 use rand::{RngExt, SeedableRng};
 
+/// A change to a tensor before it is written.
+pub(crate) type TensorEdit = fn(&mut TensorOut<'static>);
+
 /// What to vary.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TinyModel {
@@ -18,7 +21,7 @@ pub(crate) struct TinyModel {
     /// Stored as F16.
     pub(crate) half: bool,
     /// A change to one tensor.
-    pub(crate) edit: Option<(&'static str, fn(&mut TensorOut<'static>))>,
+    pub(crate) edit: Option<(&'static str, TensorEdit)>,
     /// Width.
     pub(crate) d_model: usize,
     /// Heads.

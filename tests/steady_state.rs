@@ -1,0 +1,85 @@
+//! The serving path allocates nothing per batch in the steady state. One test, so that nothing else allocates meanwhile.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(unsafe_code, reason = "a global allocator that counts")]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::tiny::{TinyModel, tiny_dir};
+use niwaki::checkpoint::Checkpoint;
+use niwaki::exec::int8_build::Int8Model;
+use niwaki::kernels::threads::Cores;
+use niwaki::kernels::{AttentionForm, Isa, KernelSet};
+use niwaki::model::{Forward, Outputs, RaggedBatch, Want};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: passed on.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn varied_batches_allocate_nothing_after_the_first() {
+    let dir = tiny_dir(&TinyModel { n_positions: 200, max_seq_length: 200, ..TinyModel::default() });
+    let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
+    let model = Int8Model::load(&checkpoint).unwrap();
+    let batches: Vec<RaggedBatch> =
+        [&[1][..], &[12, 3, 7], &[200], &[33, 150], &[64; 9], &[1; 100], &[16], &[199, 1, 80]]
+            .iter()
+            .map(|lens| {
+                let sequences: Vec<Vec<u32>> = lens.iter().map(|&len| (0..len).map(|id| id % 40).collect()).collect();
+                RaggedBatch::from_sequences(&sequences).unwrap()
+            })
+            .collect();
+    for isa in Isa::all_supported() {
+        for form in [AttentionForm::F32, AttentionForm::Int8] {
+            let Some(kernels) = KernelSet::new(isa).with_attention(form) else { continue };
+            for n_cores in [1, 2] {
+                let mut worker = model.worker(kernels, Arc::new(Cores::new(n_cores).unwrap()), 256);
+                let mut out = Outputs::default();
+                // The results are the caller's; their room is made once.
+                out.pooled.reserve(100 * 32);
+                out.tokens.reserve(1000 * 32);
+                worker.forward(&batches[0], Want::PooledAndTokens, &mut out).unwrap();
+                let workspace = worker.memory().workspace;
+                let before = ALLOCATIONS.load(Ordering::SeqCst);
+                for _ in 0..5 {
+                    for batch in &batches {
+                        worker.forward(batch, Want::PooledAndTokens, &mut out).unwrap();
+                    }
+                }
+                let allocations = ALLOCATIONS.load(Ordering::SeqCst) - before;
+                assert_eq!(allocations, 0, "{kernels:?}, {n_cores} cores");
+                assert_eq!(worker.memory().workspace, workspace);
+            }
+        }
+    }
+    // The counter counts.
+    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    drop(std::hint::black_box(vec![1u8; 100]));
+    assert!(ALLOCATIONS.load(Ordering::SeqCst) > before);
+}
