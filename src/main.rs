@@ -5,5 +5,6 @@
 static ALLOCATOR: niwaki::telemetry::allocator::CountingAllocator = niwaki::telemetry::allocator::CountingAllocator;
 
 fn main() -> std::process::ExitCode {
+    niwaki::telemetry::allocator::use_small_pages();
     niwaki::cli::run()
 }

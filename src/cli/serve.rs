@@ -134,7 +134,11 @@ fn served_model(args: &ServeArgs, checkpoint: &Checkpoint, loaded: &Loaded) -> S
     let band = architecture.layers[0].band;
     let full = architecture.layers.iter().all(|layer| layer.band.is_full_for(architecture.max_input_tokens));
     ServedModel {
-        served_name: args.served_model_name.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
+        served_name: args
+            .served_model_name
+            .clone()
+            .or_else(|| args.model.model_id.clone())
+            .unwrap_or_else(|| checkpoint.name().to_owned()),
         model_sha: checkpoint.manifest().and_then(|manifest| manifest.files.get("model.safetensors").cloned()),
         model_id,
         family: format!("{:?}", architecture.family).to_lowercase(),

@@ -132,12 +132,8 @@ impl Int8 {
         let tokens = limits.group_tokens;
         let d_context = limits.heads.iter().map(Heads::d_context).max().unwrap_or(0);
         let qkv = limits.heads.iter().map(|heads| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
-        // Sequences of one key block each pad most.
-        let packed = |heads: &Heads| {
-            let whole = kernels.packed_lines(*heads, tokens);
-            let short = tokens * kernels.packed_lines(*heads, 1).div_ceil(16);
-            heads.n_heads * whole.max(short) * size_of::<CacheLine>()
-        };
+        // Groups are cut so that sequences rounded up to blocks of keys are no more than `tokens` together.
+        let packed = |heads: &Heads| heads.n_heads * kernels.packed_lines(*heads, tokens) * size_of::<CacheLine>();
         let widest = limits.d_ffn.max(limits.d_model).max(d_context).next_multiple_of(PANEL);
         let scales = tokens * size_of::<RowScale>();
         let workspace = Workspace::new(&[

@@ -123,17 +123,23 @@ impl<O: Ops> Model<O> {
     }
 }
 
-/// Cuts a batch into groups of whole sequences of at most `group_tokens` tokens (a longer sequence stands alone).
+/// A sequence counts as a multiple of this many tokens when groups are cut: players pack keys in blocks, so that a group
+/// of many tiny sequences would need more room than one of the same number of tokens.
+const GROUP_GRAIN: usize = 32;
+
+/// Cuts a batch into groups of whole sequences of at most `group_tokens` tokens, each sequence rounded up to
+/// [`GROUP_GRAIN`] (a longer sequence stands alone).
 fn groups(batch: &RaggedBatch, group_tokens: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+    let cost = |index: usize| batch.sequence(index).len().next_multiple_of(GROUP_GRAIN);
     let mut start = 0;
     std::iter::from_fn(move || {
         if start == batch.n_seqs() {
             return None;
         }
         let mut end = start + 1;
-        let mut n_tokens = batch.sequence(start).len();
-        while end < batch.n_seqs() && n_tokens + batch.sequence(end).len() <= group_tokens {
-            n_tokens += batch.sequence(end).len();
+        let mut n_tokens = cost(start);
+        while end < batch.n_seqs() && n_tokens + cost(end) <= group_tokens {
+            n_tokens += cost(end);
             end += 1;
         }
         let group = start..end;
@@ -179,10 +185,10 @@ mod tests {
 
     #[test]
     fn groups_cover_all_sequences_once_and_respect_the_budget() {
-        let lens = [3usize, 4, 9, 1, 1, 1, 12, 2];
+        let lens = [3 * GROUP_GRAIN, 4 * GROUP_GRAIN - 5, 9 * GROUP_GRAIN, 1, 20, GROUP_GRAIN, 300 * GROUP_GRAIN, 2];
         let sequences: Vec<Vec<u32>> = lens.iter().map(|&len| vec![0; len]).collect();
         let batch = RaggedBatch::from_sequences(&sequences).unwrap();
-        let cut: Vec<_> = groups(&batch, 8).collect();
+        let cut: Vec<_> = groups(&batch, 8 * GROUP_GRAIN).collect();
         assert_eq!(cut, [0..2, 2..3, 3..6, 6..7, 7..8]);
     }
 }

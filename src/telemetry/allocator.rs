@@ -93,6 +93,17 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 }
 
+/// Has this process use pages of the usual size only. mimalloc asks for huge ones, of which a service that holds little
+/// would touch parts: 64 MB resident instead of 105 after the same requests. To be called first in `main`.
+pub fn use_small_pages() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: the call sets a flag of this process and touches no memory of it. Where the kernel refuses, pages stay as
+    // they are.
+    unsafe {
+        libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    };
+}
+
 /// Bytes that the program holds now; 0 unless [`CountingAllocator`] is the global allocator.
 #[must_use]
 pub fn allocated_bytes() -> u64 {

@@ -11,6 +11,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::HubError;
@@ -123,7 +124,9 @@ impl RepoCache {
         let up = "../".repeat(file.matches('/').count() + 2);
         let target = PathBuf::from(format!("{up}blobs/{name}"));
         // Made aside and renamed, so that a reader never finds the name missing while it is replaced.
-        let aside = pointer.with_file_name(format!(".{name}.{}.link", std::process::id()));
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let unique = NEXT.fetch_add(1, Ordering::Relaxed);
+        let aside = pointer.with_file_name(format!(".{name}.{}-{unique}.link", std::process::id()));
         remove_if_there(&aside)?;
         symlink(&target, &aside)
             .or_else(|_| fs::copy(self.blob(name), &aside).map(drop)) // file systems without links
