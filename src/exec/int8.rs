@@ -2,7 +2,7 @@
 //!
 //! A layer is played over one group of sequences. Between verbs live only the residual stream (f32 and its codes), the
 //! codes of the hidden layers, and queries, keys and values in binary16. What a matrix product yields before it becomes one
-//! of these stays in a block of at most [`BLOCK_ROWS`] rows per thread, which fits the L2 cache.
+//! of these stays in a block of at most `BLOCK_ROWS` rows per thread, which fits the L2 cache.
 //!
 //! Rows are split over threads; with few rows the columns are, because then the weights are the traffic. Which it is never
 //! changes a result: integer sums are exact, and everything else is computed per row.

@@ -1,6 +1,6 @@
 //! Numbers over slices: no model, no log, no allocation.
 //!
-//! [`KernelSet`] is the safe face of one instruction set's kernels; [`reference`] says in a few lines each what they mean;
+//! [`KernelSet`] is the safe face of one instruction set's kernels; [`mod@reference`] says in a few lines each what they mean;
 //! [`threads::Cores`] is the right to compute.
 
 mod arch;

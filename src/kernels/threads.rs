@@ -10,7 +10,7 @@
 //! So a lone player uses every core, and with N players inside each computes on one core. Parts are handed out by a
 //! counter; which thread takes a part is left to chance, so a part must never depend on who computes it.
 //!
-//! A helper spins for [`SPIN`] after a loop, because the loops of one forward follow each other within microseconds
+//! A helper spins for `SPIN` after a loop, because the loops of one forward follow each other within microseconds
 //! and waking a parked thread costs some 40 µs, then parks. A loop never waits for a helper that has not started: the
 //! assignment is taken back.
 #![allow(unsafe_code, reason = "a loop's body is lent to other threads, and slices are cut into disjoint parts")]

@@ -1,8 +1,8 @@
 //! The service's face: HTTP in, HTTP out.
 //!
 //! `api` holds the wire types and is the only serde of the service, `error` the only status codes, `layers` what every
-//! request passes, `extract` and `inputs` the way in, `rows` the way out. [`router`] is the whole service without a
-//! socket, [`serve`] puts it on one and drains it.
+//! request passes, `extract` and `inputs` the way in, `rows` the way out. [`router()`] is the whole service without a
+//! socket, [`serve()`] puts it on one and drains it.
 
 pub mod api;
 mod config;

@@ -150,7 +150,7 @@ fn json(value: &impl serde::Serialize) -> Bytes {
 
 impl AppState {
     /// Checks the settings, starts the tokenizer's threads. The service is *loading* until
-    /// [`Readiness::set_ready`], which [`super::serve`] calls.
+    /// [`Readiness::set_ready`], which [`super::serve()`] calls.
     ///
     /// # Errors
     /// [`ConfigError`] naming the setting that cannot be.

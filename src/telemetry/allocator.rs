@@ -1,7 +1,7 @@
 //! The allocator, with a count of what the program holds from it.
 //!
 //! mimalloc gives memory back under many short requests, where glibc's arenas grow. Counting costs two unshared
-//! additions: each thread adds to one of [`SHARDS`] cache lines, and a reader sums them. A block freed by another
+//! additions: each thread adds to one of `SHARDS` cache lines, and a reader sums them. A block freed by another
 //! thread than its maker leaves one shard too high and one too low by the same amount, so only the sum means something.
 #![allow(unsafe_code, reason = "a global allocator is an unsafe trait; mimalloc's statistics are a C function")]
 
