@@ -22,9 +22,6 @@ use crate::text::Tokenizer;
 /// sets round other last bits, anything beyond is damage.
 const SELF_CHECK_SLACK: f64 = 0.005;
 
-/// Inputs of a model directory that carries no golden ones.
-const NO_SELF_CHECK: f64 = 1.0;
-
 pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let format = if args.json_output { subscriber::LogFormat::Json } else { subscriber::LogFormat::Text };
     subscriber::init(format, std::env::var("LOG_LEVEL").ok().as_deref())?;
@@ -187,8 +184,7 @@ fn self_check(
     // Overrides change what the model computes, so the recorded answers say nothing.
     let overridden = args.attention.is_some() || args.pooling.is_some();
     let limit = checkpoint.architecture().max_input_tokens;
-    let mut worst = NO_SELF_CHECK;
-    let mut promised = NO_SELF_CHECK;
+    let mut checked: Option<(f64, f64)> = None;
     let mut out = Outputs::default();
     for (index, golden) in golden.iter().enumerate().filter(|(_, golden)| !overridden && golden.ids.len() <= limit) {
         let batch = RaggedBatch::from_sequences(&[&golden.ids])?;
@@ -199,10 +195,13 @@ fn self_check(
         if cosine.is_nan() || cosine < bound {
             bail!("self-check: golden input {index} has cosine {cosine:.5} to its reference, less than {bound:.5}");
         }
-        worst = worst.min(cosine);
-        promised = promised.min(bound);
+        let (worst, promised) = checked.unwrap_or((cosine, bound));
+        checked = Some((worst.min(cosine), promised.min(bound)));
     }
-    events::self_checked(metrics, worst, promised);
+    // Without golden inputs nothing was checked, and the metric stays NaN.
+    if let Some((worst, promised)) = checked {
+        events::self_checked(metrics, worst, promised);
+    }
     Ok(())
 }
 
