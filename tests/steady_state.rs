@@ -8,12 +8,13 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use common::forms::{Kind, stored_dir};
 use common::tiny::{TinyModel, tiny_dir};
 use niwaki::checkpoint::Checkpoint;
 use niwaki::exec::int8_build::Int8Model;
 use niwaki::kernels::threads::Cores;
 use niwaki::kernels::{AttentionForm, Isa, KernelSet};
-use niwaki::model::{Forward, Outputs, RaggedBatch, Want};
+use niwaki::model::{Forward, LinearSlot, Outputs, RaggedBatch, Want};
 
 struct Counting;
 
@@ -44,7 +45,25 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn varied_batches_allocate_nothing_once_threads_are_warm() {
-    let dir = tiny_dir(&TinyModel { n_positions: 200, max_seq_length: 200, ..TinyModel::default() });
+    let model = TinyModel { n_positions: 200, max_seq_length: 200, ..TinyModel::default() };
+    allocates_nothing(tiny_dir(&model));
+    // Every slot in another form, so that all of them are played.
+    let linear = |slot: LinearSlot| match slot {
+        LinearSlot::Qkv(layer) => [Kind::LowRank, Kind::CodebookGroups][layer],
+        LinearSlot::AttentionOut(layer) => [Kind::Codebook, Kind::Affine][layer],
+        LinearSlot::FfnUp(layer) => [Kind::Blocks32, Kind::LowRankCodebook][layer],
+        LinearSlot::FfnDown(layer) => [Kind::LowRank, Kind::CodebookWide][layer],
+    };
+    let table = |name: &str| if name.contains("word") { Kind::LowRank } else { Kind::CodebookGroups };
+    allocates_nothing(stored_dir(&model, linear, table));
+    // The counter counts.
+    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    drop(std::hint::black_box(vec![1u8; 100]));
+    assert!(ALLOCATIONS.load(Ordering::SeqCst) > before);
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "the directory lives as long as its model")]
+fn allocates_nothing(dir: tempfile::TempDir) {
     let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
     let model = Int8Model::load(&checkpoint).unwrap();
     let batches: Vec<RaggedBatch> =
@@ -83,8 +102,4 @@ fn varied_batches_allocate_nothing_once_threads_are_warm() {
             }
         }
     }
-    // The counter counts.
-    let before = ALLOCATIONS.load(Ordering::SeqCst);
-    drop(std::hint::black_box(vec![1u8; 100]));
-    assert!(ALLOCATIONS.load(Ordering::SeqCst) > before);
 }

@@ -96,6 +96,14 @@ pub enum CheckpointError {
         /// Its row.
         row: usize,
     },
+    /// A stored matrix whose parts do not fit each other.
+    #[error("tensor `{name}`: {reason}")]
+    Form {
+        /// The matrix.
+        name: String,
+        /// Which part, and what is wrong with it.
+        reason: String,
+    },
     /// An artefact of a newer format.
     #[error("niwaki.json: format_version {got} is newer than {supported}, the newest that this build reads")]
     NewerManifest {

@@ -2,8 +2,38 @@
 
 use crate::model::{Family, LinearSlot, NormSlot};
 
-/// Suffix of the per-row scales beside an INT8 weight (the name that the compressed-tensors format uses).
+// Suffixes to the name of a matrix, `….weight`. One tensor of the plain name is f32 or INT8; the others are there instead
+// of it. What the parts mean is in `quant`.
+//
+// | form | tensors beside `….weight` or instead of it |
+// |---|---|
+// | INT8 | `….weight` I8 `[rows, cols]`, `_scale` F32 `[rows, 1]` |
+// | INT8 with offset | the same and `_offset` F32 `[rows, 1]` |
+// | codebook | `_indices` U8 `[rows, ⌈cols / 2⌉]`, `_table` I8 `[16]`, `_scale` F32 or F16 `[rows, n_groups]`, if need be `_zero` I8 `[rows, n_groups]` |
+// | block sparse | `_blocks` I8 `[n_blocks, width, 4]`, `_mask` U8, `_scale` F32 `[rows, 1]` |
+// | bitmap | `_values` I8 `[n_values]`, `_mask` U8 `[rows, ⌈cols / 8⌉]`, `_scale` F32 `[rows, 1]` |
+// | low rank | two matrices, `….weight_down` `[rank, cols]` and `….weight_up` `[rows, rank]`, each in any other form |
+
+/// Per-row (codebook: per-group) scales; the name that the compressed-tensors format uses.
 pub const SCALE_SUFFIX: &str = "_scale";
+/// Real-valued offsets of asymmetric INT8.
+pub const OFFSET_SUFFIX: &str = "_offset";
+/// Packed 4-bit indices.
+pub const INDICES_SUFFIX: &str = "_indices";
+/// What the indices stand for.
+pub const TABLE_SUFFIX: &str = "_table";
+/// Integer zero points of a codebook's groups.
+pub const ZERO_SUFFIX: &str = "_zero";
+/// The blocks of a block-sparse matrix.
+pub const BLOCKS_SUFFIX: &str = "_blocks";
+/// The elements of a bitmap matrix.
+pub const VALUES_SUFFIX: &str = "_values";
+/// Which blocks or elements are there.
+pub const MASK_SUFFIX: &str = "_mask";
+/// The factor next to the input.
+pub const DOWN_SUFFIX: &str = "_down";
+/// The factor next to the output.
+pub const UP_SUFFIX: &str = "_up";
 
 /// Prefixes under which the encoder stands, depending on the head it was saved with.
 #[must_use]
@@ -49,6 +79,18 @@ pub fn linear_modules(family: Family, slot: LinearSlot) -> Vec<String> {
             }
         }
     }
+}
+
+/// Name of a linear layer's matrix as a whole: that of its module, or one of our own for stacked modules, which no
+/// checkpoint of the ecosystem has.
+#[must_use]
+pub fn whole_weight(family: Family, slot: LinearSlot) -> String {
+    let module = match (family, slot) {
+        (Family::Bert | Family::Roberta, LinearSlot::Qkv(layer)) => format!("encoder.layer.{layer}.attention.self.qkv"),
+        (Family::Distilbert, LinearSlot::Qkv(layer)) => format!("transformer.layer.{layer}.attention.qkv_lin"),
+        _ => linear_modules(family, slot).swap_remove(0),
+    };
+    format!("{module}.weight")
 }
 
 /// The module of a LayerNorm (`….weight`, `….bias`; `….gamma`, `….beta` in old checkpoints).

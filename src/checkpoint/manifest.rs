@@ -10,8 +10,9 @@ use crate::model::ArchitectureSpec;
 /// The file's name; its presence makes a model directory an artefact.
 pub const MANIFEST_FILE: &str = "niwaki.json";
 
-/// The newest format that this build reads and the one that it writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest format that this build reads and the one that it writes. Version 2 added forms of stored matrices (see
+/// `hf_names`); what version 1 wrote means the same.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// The manifest of an artefact. Fields that a newer build of the same format version adds are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -8,6 +8,7 @@ mod hf_config;
 pub mod hf_names;
 pub mod hub;
 mod manifest;
+mod matrix;
 mod open;
 mod reader;
 mod weights;
@@ -17,6 +18,7 @@ pub use error::CheckpointError;
 pub use manifest::{
     Calibration, FORMAT_VERSION, Golden, MANIFEST_FILE, Manifest, Pruning, Quality, Recipe, SizeReport, Source,
 };
+pub use matrix::{linear_tensors, matrix_tensors};
 pub use open::{Checkpoint, EmbeddedArtefact, OpenOptions};
 pub use reader::{Dtype, TensorFile, TensorView};
 pub use weights::{LinearWeights, NormWeights, TableWeights};

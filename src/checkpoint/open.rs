@@ -8,7 +8,8 @@ use serde::Deserialize;
 
 use super::hf_config::{self, SentenceModules};
 use super::manifest::{MANIFEST_FILE, Manifest};
-use super::reader::{Dtype, TensorFile, TensorView};
+use super::matrix::{self, Tensors};
+use super::reader::{TensorFile, TensorView};
 use super::weights::{LinearWeights, NormWeights, TableWeights};
 use super::writer::sha256_hex;
 use super::{CheckpointError, hf_names};
@@ -145,10 +146,7 @@ impl Checkpoint {
         let prefix = hf_names::prefixes(family)
             .iter()
             .copied()
-            .find(|prefix| {
-                let name = format!("{prefix}{}", hf_names::WORD_EMBEDDING);
-                files.iter().any(|file| file.contains(&name))
-            })
+            .find(|prefix| matrix::has_matrix(InFiles { files: &files, prefix }, hf_names::WORD_EMBEDDING))
             .ok_or_else(|| CheckpointError::MissingTensor(hf_names::WORD_EMBEDDING.to_owned()))?;
         let checkpoint = Self { name, dir, architecture, manifest, tokenizer, files, prefix };
         checkpoint.check_all()?;
@@ -175,9 +173,15 @@ impl Checkpoint {
                 let (n_out, n_in) = slot.shape(config, d_model);
                 let modules = hf_names::linear_modules(spec.family, slot);
                 let rows = n_out / modules.len();
+                let whole = hf_names::whole_weight(spec.family, slot);
+                let is_whole = modules.len() > 1 && matrix::has_matrix(self.in_files(), &whole);
+                if is_whole {
+                    matrix::check_matrix(self.in_files(), &whole, n_out, n_in)?;
+                }
                 for module in &modules {
-                    let weight = self.tensor(&format!("{module}.weight"))?;
-                    weight.expect_shape(&[rows, n_in])?;
+                    if !is_whole {
+                        matrix::check_matrix(self.in_files(), &format!("{module}.weight"), rows, n_in)?;
+                    }
                     self.tensor(&format!("{module}.bias"))?.expect_shape(&[rows])?;
                 }
             }
@@ -188,7 +192,7 @@ impl Checkpoint {
     }
 
     fn expect_table(&self, name: &str, rows: usize) -> Result<(), CheckpointError> {
-        self.tensor(name)?.expect_shape(&[rows, self.architecture.d_model])
+        matrix::check_matrix(self.in_files(), name, rows, self.architecture.d_model)
     }
 
     /// Name of the model.
@@ -243,12 +247,12 @@ impl Checkpoint {
         }
     }
 
+    fn in_files(&self) -> InFiles<'_> {
+        InFiles { files: &self.files, prefix: self.prefix }
+    }
+
     fn tensor(&self, name: &str) -> Result<TensorView<'_>, CheckpointError> {
-        let full = format!("{}{name}", self.prefix);
-        match self.files.iter().find(|file| file.contains(&full)) {
-            Some(file) => file.tensor(&full),
-            None => Err(CheckpointError::MissingTensor(full)),
-        }
+        self.in_files().find(name)
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
@@ -258,19 +262,7 @@ impl Checkpoint {
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Weight<'_>, CheckpointError> {
-        let tensor = self.tensor(name)?;
-        tensor.expect_shape(&[rows, cols])?;
-        if tensor.dtype != Dtype::I8 {
-            return Ok(Weight::F32(tensor.to_f32()?));
-        }
-        let scale_name = format!("{name}{}", hf_names::SCALE_SUFFIX);
-        let scales = self.tensor(&scale_name)?;
-        scales.expect_shape(&[rows, 1])?;
-        let scale = scales.to_f32()?;
-        if let Some(row) = scale.iter().position(|&scale| scale <= 0.0) {
-            return Err(CheckpointError::Scale { name: scales.name.to_owned(), row });
-        }
-        Ok(Weight::Int8 { codes: Cow::Borrowed(tensor.to_i8()?), scale })
+        matrix::matrix(self.in_files(), name, rows, cols)
     }
 
     /// A linear layer.
@@ -283,12 +275,20 @@ impl Checkpoint {
         let modules = hf_names::linear_modules(self.architecture.family, slot);
         let rows = n_out / modules.len();
         let mut bias = Vec::with_capacity(n_out);
-        let mut parts = Vec::with_capacity(modules.len());
         for module in &modules {
             bias.extend(self.vector(&format!("{module}.bias"), rows)?);
-            parts.push(self.matrix(&format!("{module}.weight"), rows, n_in)?);
         }
-        Ok(LinearWeights { n_out, n_in, weight: stack(parts, n_in), bias })
+        let whole = hf_names::whole_weight(self.architecture.family, slot);
+        let weight = if modules.len() == 1 || matrix::has_matrix(self.in_files(), &whole) {
+            self.matrix(&whole, n_out, n_in)?
+        } else {
+            let names = modules.iter().map(|module| format!("{module}.weight"));
+            let parts = names
+                .map(|name| Ok((self.matrix(&name, rows, n_in)?, name)))
+                .collect::<Result<Vec<_>, CheckpointError>>()?;
+            stack(parts, n_in, &whole)?
+        };
+        Ok(LinearWeights { n_out, n_in, weight, bias })
     }
 
     /// A LayerNorm.
@@ -328,23 +328,56 @@ impl Checkpoint {
     }
 }
 
-/// Stacks matrices of `cols` columns; a single one stays borrowed. Mixed forms become f32.
-fn stack<'a>(mut parts: Vec<Weight<'a>>, cols: usize) -> Weight<'a> {
-    if parts.len() == 1 {
-        return parts.remove(0);
+/// Tensors of several files under a prefix.
+#[derive(Clone, Copy)]
+struct InFiles<'a> {
+    files: &'a [TensorFile],
+    prefix: &'static str,
+}
+
+impl<'a> InFiles<'a> {
+    fn find(self, name: &str) -> Result<TensorView<'a>, CheckpointError> {
+        let full = format!("{}{name}", self.prefix);
+        match self.files.iter().find(|file| file.contains(&full)) {
+            Some(file) => file.tensor(&full),
+            None => Err(CheckpointError::MissingTensor(full)),
+        }
     }
-    if parts.iter().all(|part| matches!(part, Weight::Int8 { .. })) {
-        let mut all_codes = Vec::new();
-        let mut all_scales = Vec::new();
-        for part in &parts {
-            if let Weight::Int8 { codes, scale } = part {
+}
+
+impl<'a> Tensors<'a> for InFiles<'a> {
+    fn has(self, name: &str) -> bool {
+        let full = format!("{}{name}", self.prefix);
+        self.files.iter().any(|file| file.contains(&full))
+    }
+
+    fn get(self, name: &str) -> Result<TensorView<'a>, CheckpointError> {
+        self.find(name)
+    }
+}
+
+/// Stacks f32 and INT8 matrices of `cols` columns; mixed ones become f32.
+fn stack<'a>(parts: Vec<(Weight<'a>, String)>, cols: usize, whole: &str) -> Result<Weight<'a>, CheckpointError> {
+    let (mut all_codes, mut all_scales) = (Vec::new(), Vec::new());
+    let mut n_float = 0;
+    for (part, name) in &parts {
+        match part {
+            Weight::Int8 { codes, scale } => {
                 all_codes.extend_from_slice(codes);
                 all_scales.extend_from_slice(scale);
             }
+            Weight::F32(_) => n_float += 1,
+            other => {
+                let reason =
+                    format!("stored as {}, which stacked layers have only as a whole, `{whole}`", other.scheme());
+                return Err(CheckpointError::Form { name: name.clone(), reason });
+            }
         }
-        return Weight::Int8 { codes: all_codes.into(), scale: all_scales.into() };
     }
-    Weight::F32(parts.iter().flat_map(|part| part.to_f32(cols)).collect())
+    if n_float == 0 {
+        return Ok(Weight::Int8 { codes: all_codes.into(), scale: all_scales.into() });
+    }
+    Ok(Weight::F32(parts.iter().flat_map(|(part, _)| part.to_f32(cols)).collect()))
 }
 
 fn override_architecture(architecture: &Architecture, options: &OpenOptions) -> Result<Architecture, CheckpointError> {

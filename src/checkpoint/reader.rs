@@ -255,19 +255,27 @@ impl<'a> TensorView<'a> {
         Ok(bytemuck::cast_slice(self.data))
     }
 
+    /// The bytes of a U8 tensor.
+    ///
+    /// # Errors
+    /// If the tensor is of another type.
+    pub fn to_u8(&self) -> Result<&'a [u8], CheckpointError> {
+        if self.dtype != Dtype::U8 {
+            return Err(self.wrong_dtype("U8"));
+        }
+        Ok(self.data)
+    }
+
     /// Checks the shape.
     ///
     /// # Errors
     /// If it differs from `expected`.
     pub fn expect_shape(&self, expected: &[usize]) -> Result<(), CheckpointError> {
-        if self.shape != expected {
-            return Err(CheckpointError::Shape {
-                name: self.name.to_owned(),
-                expected: expected.to_vec(),
-                got: self.shape.to_vec(),
-            });
-        }
-        Ok(())
+        if self.shape == expected { Ok(()) } else { Err(self.wrong_shape(expected)) }
+    }
+
+    pub(super) fn wrong_shape(&self, expected: &[usize]) -> CheckpointError {
+        CheckpointError::Shape { name: self.name.to_owned(), expected: expected.to_vec(), got: self.shape.to_vec() }
     }
 
     fn wrong_dtype(&self, expected: &'static str) -> CheckpointError {

@@ -31,7 +31,8 @@ fn layer_macs(architecture: &Architecture, layer: usize) -> usize {
 fn bits(checkpoint: &Checkpoint, slot: LinearSlot) -> anyhow::Result<u8> {
     Ok(match checkpoint.linear(slot)?.weight {
         Weight::F32(_) => 32,
-        Weight::Int8 { .. } => 8,
+        Weight::Codebook4(_) => 4,
+        _ => 8,
     })
 }
 

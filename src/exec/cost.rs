@@ -1,5 +1,6 @@
 //! A player that computes nothing and counts what the others compute.
 
+use super::candle::WeightSource;
 use crate::model::{
     Activation, Architecture, AttentionSpec, Build, Encoder, LayerConfig, LinearSlot, ModelError, NormSlot, Ops,
     Pooling, Ragged, RaggedBatch,
@@ -25,6 +26,8 @@ pub struct Cost {
     pub macs: u64,
     /// Weight elements read at least once (embedding: elements of the rows gathered).
     pub weights: u64,
+    /// Bytes of these weights as they are stored; as INT8 where no stored form is known.
+    pub weight_bytes: u64,
     /// Activation elements written.
     pub activations: u64,
 }
@@ -39,12 +42,26 @@ pub struct Cost {
 /// # Errors
 /// [`ModelError::EmptySequence`] for a length of 0.
 pub fn forward_costs(architecture: &Architecture, lens: &[usize]) -> Result<Vec<Cost>, ModelError> {
+    costs(&mut Shapes { architecture, source: None }, lens)
+}
+
+/// The same for weights as `source` stores them: a low rank counts its two products, absent blocks count nothing, absent
+/// single elements count as if they were there, because they are multiplied with all the same.
+///
+/// # Errors
+/// [`ModelError::EmptySequence`] for a length of 0, or if a weight cannot be read.
+pub fn stored_costs(source: &dyn WeightSource, lens: &[usize]) -> Result<Vec<Cost>, ModelError> {
+    costs(&mut Shapes { architecture: source.architecture(), source: Some(source) }, lens)
+}
+
+fn costs(shapes: &mut Shapes<'_>, lens: &[usize]) -> Result<Vec<Cost>, ModelError> {
     let mut batch = RaggedBatch::new();
     for &len in lens {
         batch.push(&vec![0; len])?;
     }
+    let architecture = shapes.architecture;
     let mut player = Counting { d_model: architecture.d_model, costs: Vec::new() };
-    let encoder = Encoder::build(architecture, &mut Shapes { architecture })?;
+    let encoder = Encoder::build(architecture, shapes)?;
     encoder.forward(&mut player, &batch.view(0..batch.n_seqs()))?;
     Ok(player.costs)
 }
@@ -84,15 +101,27 @@ struct LinearShape {
     slot: LinearSlot,
     n_out: usize,
     n_in: usize,
+    /// Per token.
+    macs: u64,
+    bytes: u64,
+}
+
+/// What the embedding sums of one token read.
+struct TableShape {
+    bytes: u64,
 }
 
 struct Shapes<'a> {
     architecture: &'a Architecture,
+    source: Option<&'a dyn WeightSource>,
 }
 
 impl Build<Counting> for Shapes<'_> {
-    fn tables(&mut self) -> Result<(), ModelError> {
-        Ok(())
+    fn tables(&mut self) -> Result<TableShape, ModelError> {
+        let width = self.architecture.d_model;
+        let Some(source) = self.source else { return Ok(TableShape { bytes: width as u64 }) };
+        let word = source.tables().map_err(ModelError::player)?.word;
+        Ok(TableShape { bytes: word.n_bytes() as u64 / word.n_rows(width).max(1) as u64 })
     }
 
     fn norm(&mut self, _slot: NormSlot) -> Result<(), ModelError> {
@@ -101,19 +130,33 @@ impl Build<Counting> for Shapes<'_> {
 
     fn linear(&mut self, slot: LinearSlot) -> Result<LinearShape, ModelError> {
         let (n_out, n_in) = slot.shape(&self.architecture.layers[slot.layer()], self.architecture.d_model);
-        Ok(LinearShape { slot, n_out, n_in })
+        let elements = n_out as u64 * n_in as u64;
+        let (macs, bytes) = match self.source {
+            None => (elements, elements),
+            Some(source) => {
+                let weight = source.linear(slot).map_err(ModelError::player)?.weight;
+                (weight.macs(n_out, n_in), weight.n_bytes() as u64)
+            }
+        };
+        Ok(LinearShape { slot, n_out, n_in, macs, bytes })
     }
 }
 
 impl Ops for Counting {
     type Act = Extent;
-    type Tables = ();
+    type Tables = TableShape;
     type Linear = LinearShape;
     type Norm = ();
 
-    fn embed(&mut self, _tables: &(), _norm: &(), batch: &Ragged<'_>) -> Result<Extent, ModelError> {
+    fn embed(&mut self, tables: &TableShape, _norm: &(), batch: &Ragged<'_>) -> Result<Extent, ModelError> {
         let elements = batch.n_tokens() as u64 * self.d_model as u64;
-        self.costs.push(Cost { operation: Operation::Embed, macs: 0, weights: elements, activations: elements });
+        self.costs.push(Cost {
+            operation: Operation::Embed,
+            macs: 0,
+            weights: elements,
+            weight_bytes: batch.n_tokens() as u64 * tables.bytes,
+            activations: elements,
+        });
         Ok(Extent { rows: batch.n_tokens() as u64, cols: self.d_model })
     }
 
@@ -122,8 +165,9 @@ impl Ops for Counting {
         let weights = linear.n_out as u64 * linear.n_in as u64;
         self.costs.push(Cost {
             operation: Operation::Linear(linear.slot),
-            macs: x.rows * weights,
+            macs: x.rows * linear.macs,
             weights,
+            weight_bytes: linear.bytes,
             activations: x.rows * linear.n_out as u64,
         });
         Ok(Extent { rows: x.rows, cols: linear.n_out })
@@ -136,6 +180,7 @@ impl Ops for Counting {
             operation: Operation::Attention(spec.layer),
             macs: 2 * width as u64 * pairs,
             weights: 0,
+            weight_bytes: 0,
             activations: qkv.rows * width as u64,
         });
         Ok(Extent { rows: qkv.rows, cols: width })

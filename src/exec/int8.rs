@@ -7,11 +7,16 @@
 //! Rows are split over threads; with few rows the columns are, because then the weights are the traffic. Which it is never
 //! changes a result: integer sums are exact, and everything else is computed per row.
 
+mod factors;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::int8_build::{Int8Linear, Int8Norm, Int8Tables};
+use self::factors::Middle;
+use super::int8_build::{Int8Linear, Int8Norm};
+use super::int8_tables::{Gather, Int8Tables};
 use super::workspace::{Aligned, Buffer, Workspace};
 use crate::kernels::attention::{CacheLine, HalfPanels, Heads, KeyBand, SequenceHeads};
+use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, block_index, code_stride};
 use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat};
 use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity, Norm, Reduction, half_to_f32};
@@ -33,6 +38,8 @@ pub struct WorkspaceLimits {
     pub d_ffn: usize,
     /// Heads of each layer.
     pub heads: Vec<Heads>,
+    /// Widest row between the factors of a matrix of low rank; 0 without.
+    pub rank: usize,
 }
 
 impl WorkspaceLimits {
@@ -45,6 +52,7 @@ impl WorkspaceLimits {
             d_model: architecture.d_model,
             d_ffn: architecture.layers.iter().map(|layer| layer.d_ffn).max().unwrap_or(0),
             heads: heads.collect(),
+            rank: 0,
         }
     }
 }
@@ -67,6 +75,8 @@ pub struct Int8 {
 struct Lane {
     block: Aligned,
     scratch: Aligned,
+    middle: Middle,
+    gather: Gather,
 }
 
 /// How a layer's attention falls into parts; kept so that making it allocates nothing.
@@ -134,7 +144,7 @@ impl Int8 {
         let qkv = limits.heads.iter().map(|heads| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
         // Groups are cut so that sequences rounded up to blocks of keys are no more than `tokens` together.
         let packed = |heads: &Heads| heads.n_heads * kernels.packed_lines(*heads, tokens) * size_of::<CacheLine>();
-        let widest = limits.d_ffn.max(limits.d_model).max(d_context).next_multiple_of(PANEL);
+        let widest = limits.d_ffn.max(limits.d_model).max(d_context).max(limits.rank).next_multiple_of(PANEL);
         let scales = tokens * size_of::<RowScale>();
         let workspace = Workspace::new(&[
             tokens * limits.d_model * 4,
@@ -147,10 +157,20 @@ impl Int8 {
             scales,
             scales,
             scales,
+            COLUMN_SPLIT_ROWS * code_stride(limits.rank),
+            COLUMN_SPLIT_ROWS * size_of::<RowScale>(),
         ]);
         let scratch = limits.heads.iter().map(|&heads| kernels.attention_scratch(heads, tokens) * 4).max().unwrap_or(0);
-        let lane =
-            || Lane { block: Aligned::with_bytes(BLOCK_ROWS * widest * 4), scratch: Aligned::with_bytes(scratch) };
+        let lane = || Lane {
+            block: Aligned::with_bytes(BLOCK_ROWS * widest * 4),
+            scratch: Aligned::with_bytes(scratch),
+            middle: Middle::new(BLOCK_ROWS, limits.rank),
+            gather: if limits.rank == 0 {
+                Gather::default()
+            } else {
+                Gather::new(BLOCK_ROWS, limits.rank, limits.d_model)
+            },
+        };
         let lanes = (0..cores.n_cores()).map(|_| Mutex::new(lane())).collect();
         let max_heads = limits.heads.iter().map(|heads| heads.n_heads).max().unwrap_or(0);
         let plan = Plan {
@@ -174,7 +194,7 @@ impl Int8 {
     pub fn bytes(&self) -> usize {
         let lane = |lane: &Mutex<Lane>| {
             let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-            lane.block.bytes() + lane.scratch.bytes()
+            lane.block.bytes() + lane.scratch.bytes() + lane.middle.bytes() + lane.gather.bytes()
         };
         self.workspace.bytes() + self.lanes.iter().map(lane).sum::<usize>()
     }
@@ -203,16 +223,15 @@ impl Int8 {
     }
 
     /// `x Wᵀ + b` of a few rows, columns split over threads; a block of all rows.
-    fn columns(&mut self, linear: &Int8Linear, x: &Codes, n_rows: usize, then: Option<Nonlinearity>) -> Buffer<f32> {
+    fn columns(&mut self, packed: &PackedMatrix, x: &Codes, n_rows: usize, then: Option<Nonlinearity>) -> Buffer<f32> {
         let Self { kernels, cores, seat, workspace, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let packed = &linear.packed;
         let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
         let cut = column_cut(packed.n_panels(), seat.n_cores());
         let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
         seat.for_each(&parts, |_, index, out: &mut [f32]| {
             for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
-                kernels.gemm_f32(&x.view(0..n_rows), packed, panel, out);
+                kernels.product_f32(&x.view(0..n_rows), packed, panel, out);
                 if let Some(then) = then {
                     kernels.activate(then, out);
                 }
@@ -221,27 +240,36 @@ impl Int8 {
         block
     }
 
+    /// Whether so few rows are better served by splitting columns.
+    fn splits_columns(&mut self, n_rows: usize) -> bool {
+        let Self { cores, seat, .. } = self;
+        n_rows <= COLUMN_SPLIT_ROWS && seat.get_or_insert_with(|| cores.enter()).n_cores() > 1
+    }
+
     /// Queries, keys and values.
     fn half(&mut self, linear: &Int8Linear, x: &Codes, n_rows: usize) -> Buffer<u16> {
-        let Self { kernels, cores, seat, workspace, .. } = self;
+        let few = self.splits_columns(n_rows);
+        let middle = few.then(|| self.middle(&linear.layer, x, n_rows)).flatten();
+        let Self { kernels, cores, seat, workspace, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let packed = &linear.packed;
-        let mut out = workspace.take::<u16>(packed.n_panels() * n_rows * PANEL);
-        if splits_columns(n_rows, seat) {
+        let mut out = workspace.take::<u16>(linear.layer.n_out().div_ceil(PANEL) * n_rows * PANEL);
+        if few {
+            let (x, packed) = (middle.as_ref().unwrap_or(x), linear.layer.last());
             let cut = column_cut(packed.n_panels(), seat.n_cores());
             let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
             seat.for_each(&parts, |_, index, out: &mut [u16]| {
                 for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
-                    kernels.gemm_half(&x.view(0..n_rows), packed, panel, out);
+                    kernels.product_half(&x.view(0..n_rows), packed, panel, out);
                 }
             });
         } else {
             let cut = row_cut(n_rows, seat.n_cores());
             let parts = PanelRowParts::new(&mut out, n_rows, PANEL, cut);
-            seat.for_each(&parts, |_, index, mut out| {
-                let rows = x.view(cut.rows(index));
+            seat.for_each(&parts, |lane, index, mut out| {
+                let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+                let (x, packed) = lane.middle.enter(kernels, &linear.layer, x.view(cut.rows(index)));
                 for panel in 0..packed.n_panels() {
-                    kernels.gemm_half(&rows, packed, panel, out.panel(panel));
+                    kernels.product_half(&x, packed, panel, out.panel(panel));
                 }
             });
         }
@@ -250,14 +278,10 @@ impl Int8 {
 
     /// Inputs of the next linear layer.
     fn hidden(&mut self, linear: &Int8Linear, x: &Codes, n_rows: usize, then: Nonlinearity) -> Codes {
-        let n = linear.packed.n_out();
+        let n = linear.layer.n_out();
         let mut to = self.codes(n_rows, n);
         let stride = to.stride;
-        let few = {
-            let Self { cores, seat, .. } = self;
-            splits_columns(n_rows, seat.get_or_insert_with(|| cores.enter()))
-        };
-        let columns = few.then(|| self.columns(linear, x, n_rows, Some(then)));
+        let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, x, n_rows, Some(then)));
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let cut = row_cut(n_rows, seat.n_cores());
@@ -269,23 +293,18 @@ impl Int8 {
                 kernels.quantize(Block { data: block, n_rows, n }, rows, &mut to);
                 return;
             }
-            let packed = &linear.packed;
             let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let block = lane.block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
-            let x = x.view(rows.clone());
+            let Lane { block, middle, .. } = &mut *lane;
+            let (x, packed) = middle.enter(kernels, &linear.layer, x.view(rows.clone()));
+            let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
             for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-                kernels.gemm_f32(&x, packed, panel, out);
+                kernels.product_f32(&x, packed, panel, out);
                 kernels.activate(then, out);
             }
             kernels.quantize(Block { data: block, n_rows: rows.len(), n }, 0..rows.len(), &mut to);
         });
         to
     }
-}
-
-/// Whether so few rows are better served by splitting columns.
-fn splits_columns(n_rows: usize, seat: &Seat) -> bool {
-    n_rows <= COLUMN_SPLIT_ROWS && seat.n_cores() > 1
 }
 
 /// Blocks of rows: at most [`BLOCK_ROWS`], and evenly many for each thread.
@@ -362,7 +381,7 @@ impl Ops for Int8 {
         let mut rows = self.workspace.take::<f32>(n_rows * d_model);
         let mut codes = self.codes(n_rows, d_model);
         let stride = codes.stride;
-        let Self { kernels, cores, seat, .. } = self;
+        let Self { kernels, cores, seat, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let cut = row_cut(n_rows, seat.n_cores());
         let parts = (
@@ -370,15 +389,9 @@ impl Ops for Int8 {
             RowParts::new(&mut codes.codes, stride, cut),
             RowParts::new(&mut codes.scales, 1, cut),
         );
-        seat.for_each(&parts, |_, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
-            let first = cut.rows(index).start;
-            let mut sequence = batch.sequence_of(first);
-            for (row, token) in rows.chunks_exact_mut(d_model).zip(first..) {
-                if token >= batch.rows(sequence).end {
-                    sequence += 1;
-                }
-                tables.sum(kernels, batch, token, token - batch.rows(sequence).start, row);
-            }
+        seat.for_each(&parts, |lane, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            tables.sum(kernels, batch, cut.rows(index).start, rows, &mut lane.gather);
             kernels.add_norm(None, rows, norm.view(), &mut CodeRowsMut { codes, stride, scales });
         });
         Ok(Int8Act { n_rows, n: d_model, form: Form::Stream { rows, codes } })
@@ -388,7 +401,7 @@ impl Ops for Int8 {
         let (Form::Stream { codes, .. } | Form::Codes(codes)) = &x.form else {
             return self.refuse(Int8Error::Form { verb: "linear" });
         };
-        let n_in = linear.packed.n_in();
+        let n_in = linear.layer.n_in();
         if x.n != n_in {
             return self.refuse(Int8Error::Width { verb: "linear", expected: n_in, got: x.n });
         }
@@ -396,7 +409,7 @@ impl Ops for Int8 {
             None => Form::Half(self.half(linear, codes, x.n_rows)),
             Some(then) => Form::Codes(self.hidden(linear, codes, x.n_rows, then)),
         };
-        Ok(Int8Act { n_rows: x.n_rows, n: linear.packed.n_out(), form })
+        Ok(Int8Act { n_rows: x.n_rows, n: linear.layer.n_out(), form })
     }
 
     fn attend(&mut self, qkv: Int8Act, spec: &AttentionSpec, batch: &Ragged<'_>) -> Result<Int8Act, ModelError> {
@@ -438,7 +451,7 @@ impl Ops for Int8 {
             let n_rows = scales.len();
             let packed = &packed[plan.packed[at]..plan.packed[at + 1]];
             let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let Lane { block, scratch } = &mut *lane;
+            let Lane { block, scratch, .. } = &mut *lane;
             let block = block.first::<f32>(n.div_ceil(PANEL) * n_rows * PANEL);
             let scratch = scratch.first(kernels.attention_scratch(heads, sequence.len));
             kernels.attend(&sequence, first..first + n_rows, packed, scratch, block);
@@ -461,18 +474,13 @@ impl Ops for Int8 {
         let Form::Stream { mut rows, mut codes } = residual.form else {
             return self.refuse(Int8Error::Form { verb: "linear_add_norm" });
         };
-        let (n_rows, n) = (residual.n_rows, linear.packed.n_out());
-        for (expected, got) in [(linear.packed.n_in(), x.n), (residual.n, n), (n, norm.gain.len()), (n_rows, x.n_rows)]
-        {
+        let (n_rows, n) = (residual.n_rows, linear.layer.n_out());
+        for (expected, got) in [(linear.layer.n_in(), x.n), (residual.n, n), (n, norm.gain.len()), (n_rows, x.n_rows)] {
             if expected != got {
                 return self.refuse(Int8Error::Width { verb: "linear_add_norm", expected, got });
             }
         }
-        let few = {
-            let Self { cores, seat, .. } = self;
-            splits_columns(n_rows, seat.get_or_insert_with(|| cores.enter()))
-        };
-        let columns = few.then(|| self.columns(linear, input, n_rows, None));
+        let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, input, n_rows, None));
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let stride = codes.stride;
@@ -489,12 +497,12 @@ impl Ops for Int8 {
                 kernels.add_norm(Some((Block { data: block, n_rows, n }, rows)), residual, norm.view(), &mut to);
                 return;
             }
-            let packed = &linear.packed;
             let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let block = lane.block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
-            let x = input.view(rows.clone());
+            let Lane { block, middle, .. } = &mut *lane;
+            let (x, packed) = middle.enter(kernels, &linear.layer, input.view(rows.clone()));
+            let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
             for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-                kernels.gemm_f32(&x, packed, panel, out);
+                kernels.product_f32(&x, packed, panel, out);
             }
             let block = Block { data: block, n_rows: rows.len(), n };
             kernels.add_norm(Some((block, 0..rows.len())), residual, norm.view(), &mut to);

@@ -4,18 +4,17 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::int8::{Int8, WorkspaceLimits};
-use super::workspace::MappedCodes;
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use super::int8_tables::{Found, Int8Tables, Table};
+use crate::checkpoint::Checkpoint;
 use crate::kernels::KernelSet;
-use crate::kernels::layout::PackedLinear;
 use crate::kernels::threads::Cores;
-use crate::model::{Architecture, Build, Encoder, LinearSlot, Model, ModelError, NormSlot, Positions, Ragged};
-use crate::quant::{Weight, pack_linear, quantize_rows_symmetric};
+use crate::model::{Architecture, Build, Encoder, LinearSlot, Model, ModelError, NormSlot};
+use crate::quant::{PackedLayer, Weight};
 
 /// A linear layer.
 #[derive(Debug)]
 pub struct Int8Linear {
-    pub(super) packed: PackedLinear,
+    pub(super) layer: PackedLayer,
 }
 
 /// A LayerNorm.
@@ -26,94 +25,6 @@ pub struct Int8Norm {
     pub(super) eps: f32,
 }
 
-/// Rows of s8 with a scale each.
-#[derive(Debug)]
-pub(super) struct CodeTable {
-    codes: TableCodes,
-    scale: Vec<f32>,
-    width: usize,
-}
-
-#[derive(Debug)]
-enum TableCodes {
-    Owned(Vec<i8>),
-    Mapped(MappedCodes),
-}
-
-/// The embedding tables.
-#[derive(Debug)]
-pub struct Int8Tables {
-    pub(super) word: CodeTable,
-    pub(super) position: CodeTable,
-    pub(super) token_type: Option<CodeTable>,
-    pub(super) positions: Positions,
-}
-
-impl CodeTable {
-    #[cfg(test)]
-    pub(super) fn new(weight: &Weight<'_>, width: usize) -> Self {
-        let (codes, scale) = quantize_rows_symmetric(&weight.to_f32(width), width);
-        Self { codes: TableCodes::Owned(codes), scale, width }
-    }
-
-    /// Row `index` and its scale.
-    pub(super) fn row(&self, index: usize) -> (&[i8], f32) {
-        let codes: &[i8] = match &self.codes {
-            TableCodes::Owned(codes) => codes,
-            TableCodes::Mapped(codes) => codes,
-        };
-        (&codes[index * self.width..(index + 1) * self.width], self.scale[index])
-    }
-
-    pub(super) fn n_rows(&self) -> usize {
-        self.scale.len()
-    }
-
-    pub(super) fn width(&self) -> usize {
-        self.width
-    }
-
-    fn bytes(&self) -> usize {
-        let codes = match &self.codes {
-            TableCodes::Owned(codes) => codes.len(),
-            // What of a mapping is resident is the system's choice, and counted there.
-            TableCodes::Mapped(_) => 0,
-        };
-        codes + size_of_val(self.scale.as_slice())
-    }
-}
-
-impl Int8Tables {
-    /// Refuses ids, types and positions beyond the tables.
-    pub(super) fn check(&self, batch: &Ragged<'_>) -> Result<(), ModelError> {
-        let vocab_size = self.word.n_rows();
-        if let Some(&id) = batch.ids().iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(ModelError::TokenOutOfRange { id, vocab_size });
-        }
-        let n_token_types = self.token_type.as_ref().map_or(1, CodeTable::n_rows);
-        if let Some(&token_type) = batch.token_types().iter().find(|&&t| usize::from(t) >= n_token_types) {
-            return Err(ModelError::TokenTypeOutOfRange { token_type, n_token_types });
-        }
-        if !self.positions.tiled && batch.max_len() > self.positions.usable() {
-            return Err(ModelError::SequenceTooLong { got: batch.max_len(), limit: self.positions.usable() });
-        }
-        Ok(())
-    }
-
-    /// `word[id] + position[p] + type[t]` of token `token` at `position` in its sequence.
-    pub(super) fn sum(&self, kernels: &KernelSet, batch: &Ragged<'_>, token: usize, position: usize, row: &mut [f32]) {
-        row.fill(0.0);
-        let (codes, scale) = self.word.row(batch.ids()[token] as usize);
-        kernels.add_codes(row, codes, scale);
-        let (codes, scale) = self.position.row(self.positions.row(position));
-        kernels.add_codes(row, codes, scale);
-        if let Some(table) = &self.token_type {
-            let (codes, scale) = table.row(usize::from(batch.token_types()[token]));
-            kernels.add_codes(row, codes, scale);
-        }
-    }
-}
-
 impl Int8Linear {
     /// A layer of the given weights, `[bias.len(), n_in]`.
     ///
@@ -121,13 +32,13 @@ impl Int8Linear {
     /// If the lengths do not fit.
     #[must_use]
     pub fn new(weight: &Weight<'_>, bias: &[f32], n_in: usize) -> Self {
-        Self { packed: pack_linear(weight, bias, n_in) }
+        Self { layer: PackedLayer::new(weight, bias, n_in) }
     }
 
     /// Bytes held.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.packed.bytes()
+        self.layer.bytes()
     }
 }
 
@@ -137,6 +48,8 @@ pub struct Int8Model {
     architecture: Arc<Architecture>,
     encoder: Arc<Encoder<Int8>>,
     bytes: usize,
+    /// Largest width between two factors.
+    rank: usize,
 }
 
 /// Tokens of a group of sequences: their activations and a layer's weights share a core's L2 cache of 2 MB.
@@ -151,12 +64,12 @@ impl Int8Model {
         let architecture = Arc::new(checkpoint.architecture().clone());
         let mut build = Int8Build::new(Arc::clone(checkpoint));
         let encoder = Arc::new(Encoder::build(&architecture, &mut build)?);
-        Ok(Self { architecture, encoder, bytes: build.bytes() })
+        Ok(Self { architecture, encoder, bytes: build.bytes(), rank: build.rank })
     }
 
     #[cfg(test)]
     pub(super) fn of_encoder(architecture: Arc<Architecture>, encoder: Arc<Encoder<Int8>>, bytes: usize) -> Self {
-        Self { architecture, encoder, bytes }
+        Self { architecture, encoder, bytes, rank: 0 }
     }
 
     /// Bytes of the weights that the workers share, without what stays in the mapping.
@@ -168,7 +81,7 @@ impl Int8Model {
     /// The model for one worker, with its own workspace.
     #[must_use]
     pub fn worker(&self, kernels: KernelSet, cores: Arc<Cores>, group_tokens: usize) -> Model<Int8> {
-        let limits = WorkspaceLimits::new(&self.architecture, group_tokens);
+        let limits = WorkspaceLimits { rank: self.rank, ..WorkspaceLimits::new(&self.architecture, group_tokens) };
         let player = Int8::new(kernels, cores, &limits, self.bytes);
         Model::new(Arc::clone(&self.architecture), Arc::clone(&self.encoder), player, group_tokens, Int8::memory)
     }
@@ -179,13 +92,14 @@ impl Int8Model {
 pub struct Int8Build {
     checkpoint: Arc<Checkpoint>,
     bytes: usize,
+    rank: usize,
 }
 
 impl Int8Build {
     /// Builds from `checkpoint`.
     #[must_use]
     pub fn new(checkpoint: Arc<Checkpoint>) -> Self {
-        Self { checkpoint, bytes: 0 }
+        Self { checkpoint, bytes: 0, rank: 0 }
     }
 
     /// Bytes of what was built so far, without what stays in the mapping.
@@ -194,29 +108,11 @@ impl Int8Build {
         self.bytes
     }
 
-    fn table(
-        &mut self,
-        find: impl for<'a> Fn(&'a Checkpoint) -> Result<Weight<'a>, CheckpointError>,
-    ) -> Result<CodeTable, ModelError> {
+    fn table(&mut self, find: impl for<'a> Fn(&'a Checkpoint) -> Found<'a>) -> Result<Table, ModelError> {
         let width = self.checkpoint.architecture().d_model;
-        let (codes, scale) = match find(&self.checkpoint).map_err(ModelError::player)? {
-            Weight::F32(values) => {
-                let (codes, scale) = quantize_rows_symmetric(&values, width);
-                (TableCodes::Owned(codes), scale)
-            }
-            Weight::Int8 { codes: Cow::Owned(codes), scale } => (TableCodes::Owned(codes), scale.into_owned()),
-            Weight::Int8 { codes: Cow::Borrowed(_), scale } => {
-                let mapped = MappedCodes::new(&self.checkpoint, |checkpoint| match find(checkpoint)? {
-                    Weight::Int8 { codes: Cow::Borrowed(codes), .. } => Ok::<_, CheckpointError>(codes),
-                    _ => Ok(&[]),
-                })
-                .map_err(ModelError::player)?;
-                assert!(mapped.len() == scale.len() * width, "a table is found twice in the same form");
-                (TableCodes::Mapped(mapped), scale.into_owned())
-            }
-        };
-        let table = CodeTable { codes, scale, width };
+        let table = Table::load(&self.checkpoint, width, find).map_err(ModelError::player)?;
         self.bytes += table.bytes();
+        self.rank = self.rank.max(table.rank());
         Ok(table)
     }
 }
@@ -243,8 +139,9 @@ impl Build<Int8> for Int8Build {
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Linear, ModelError> {
         let linear = self.checkpoint.linear(slot).map_err(ModelError::player)?;
-        let packed = Int8Linear::new(&linear.weight, &linear.bias, linear.n_in);
-        self.bytes += packed.bytes();
-        Ok(packed)
+        let linear = Int8Linear::new(&linear.weight, &linear.bias, linear.n_in);
+        self.bytes += linear.bytes();
+        self.rank = self.rank.max(linear.layer.rank());
+        Ok(linear)
     }
 }

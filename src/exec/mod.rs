@@ -4,6 +4,7 @@ pub mod candle;
 pub mod cost;
 pub mod int8;
 pub mod int8_build;
+pub mod int8_tables;
 mod load;
 pub mod workspace;
 

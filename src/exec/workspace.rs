@@ -159,32 +159,32 @@ impl<T: Plain> Drop for Buffer<T> {
     }
 }
 
-/// Codes that stay in a checkpoint's mapping, so that only the pages of rows that are read become resident.
+/// Numbers that stay in a checkpoint's mapping, so that only the pages of rows that are read become resident.
 #[derive(Debug)]
-pub struct MappedCodes {
+pub struct Mapped<T: 'static> {
     /// Keeps the mapping alive.
     _owner: Arc<Checkpoint>,
-    codes: &'static [i8],
+    numbers: &'static [T],
 }
 
-impl MappedCodes {
+impl<T> Mapped<T> {
     /// Keeps what `find` borrows from `owner` together with it.
     ///
     /// # Errors
     /// Those of `find`.
-    pub fn new<E>(owner: &Arc<Checkpoint>, find: impl FnOnce(&Checkpoint) -> Result<&[i8], E>) -> Result<Self, E> {
-        let codes = find(owner)?;
+    pub fn new<E>(owner: &Arc<Checkpoint>, find: impl FnOnce(&Checkpoint) -> Result<&[T], E>) -> Result<Self, E> {
+        let numbers = find(owner)?;
         // SAFETY: the slice is borrowed from the checkpoint behind the `Arc`, which is kept beside it and never changed:
         // it has no method that takes `&mut self`, and its address does not move with this value.
-        let codes = unsafe { std::slice::from_raw_parts(codes.as_ptr(), codes.len()) };
-        Ok(Self { _owner: Arc::clone(owner), codes })
+        let numbers = unsafe { std::slice::from_raw_parts(numbers.as_ptr(), numbers.len()) };
+        Ok(Self { _owner: Arc::clone(owner), numbers })
     }
 }
 
-impl Deref for MappedCodes {
-    type Target = [i8];
-    fn deref(&self) -> &[i8] {
-        self.codes
+impl<T> Deref for Mapped<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        self.numbers
     }
 }
 

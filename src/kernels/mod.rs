@@ -5,6 +5,7 @@
 
 mod arch;
 pub mod attention;
+pub mod forms;
 mod half;
 mod isa;
 pub mod layout;

@@ -1,50 +1,4 @@
-//! Stored weights and the linear symmetric format.
-
-use std::borrow::Cow;
-
-/// A matrix as it is stored, row-major `[rows, cols]`, one output channel (or one embedding) per row.
-#[derive(Debug, Clone)]
-pub enum Weight<'a> {
-    /// Plain numbers.
-    F32(Cow<'a, [f32]>),
-    /// Linear symmetric INT8: `value[r, c] = scale[r] · codes[r, c]`.
-    Int8 {
-        /// `[rows, cols]`, in −127..=127.
-        codes: Cow<'a, [i8]>,
-        /// `[rows]`, positive.
-        scale: Cow<'a, [f32]>,
-    },
-}
-
-impl Weight<'_> {
-    /// The numbers that the stored form stands for, `[rows, cols]`; `cols` must divide the stored length.
-    #[must_use]
-    pub fn to_f32(&self, cols: usize) -> Vec<f32> {
-        match self {
-            Self::F32(values) => values.to_vec(),
-            Self::Int8 { codes, scale } => codes
-                .chunks_exact(cols)
-                .zip(scale.iter())
-                .flat_map(|(row, &scale)| row.iter().map(move |&code| f32::from(code) * scale))
-                .collect(),
-        }
-    }
-
-    /// Number of stored elements.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        match self {
-            Self::F32(values) => values.len(),
-            Self::Int8 { codes, .. } => codes.len(),
-        }
-    }
-
-    /// Whether nothing is stored.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
+//! Linear quantization of rows to INT8.
 
 /// Linear symmetric quantization to s8 with one scale per row.
 ///
@@ -66,27 +20,43 @@ pub fn quantize_rows_symmetric(values: &[f32], cols: usize) -> (Vec<i8>, Vec<f32
     for row in values.chunks_exact(cols) {
         let max_abs = row.iter().fold(0.0f32, |max, value| max.max(value.abs()));
         let scale = if max_abs > 0.0 { max_abs / 127.0 } else { 1.0 };
-        #[allow(clippy::cast_possible_truncation, reason = "clamped to the range of i8")]
-        codes.extend(row.iter().map(|value| (value / scale).round_ties_even().clamp(-127.0, 127.0) as i8));
+        codes.extend(row.iter().map(|value| to_code(value / scale)));
         scales.push(scale);
     }
     (codes, scales)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn error_is_at_most_half_a_step_and_extremes_are_exact() {
-        let values = [0.0, -1.27, 0.5, 0.004_9, 0.0, 0.0, 0.0, 0.0, 3.0, -3.0, 1.0, 2.9];
-        let (codes, scale) = quantize_rows_symmetric(&values, 4);
-        assert_eq!(codes[1], -127);
-        assert_eq!((codes[8], codes[9]), (127, -127));
-        assert_eq!(scale[1], 1.0);
-        let back = Weight::Int8 { codes: codes.into(), scale: scale.clone().into() }.to_f32(4);
-        for (index, (value, restored)) in values.iter().zip(&back).enumerate() {
-            assert!((value - restored).abs() <= scale[index / 4] * 0.5001, "{value} became {restored}");
-        }
+/// Linear asymmetric quantization to s8 with one scale and one real-valued offset per row.
+///
+/// ```text
+/// offset[r] = (min_c w[r, c] + max_c w[r, c]) / 2     scale[r] = (max − min) / 254
+/// codes[r, c] = round_half_even((w[r, c] − offset[r]) / scale[r])
+/// ```
+///
+/// Returns codes, scales and offsets. *Shapes* and *error* as for [`quantize_rows_symmetric`], whose step is never
+/// smaller. A constant row has scale 1 and is exact.
+///
+/// # Panics
+/// If `cols` is 0 or does not divide the length.
+#[must_use]
+pub fn quantize_rows_affine(values: &[f32], cols: usize) -> (Vec<i8>, Vec<f32>, Vec<f32>) {
+    assert!(cols > 0 && values.len().is_multiple_of(cols), "{} values in rows of {cols}", values.len());
+    let mut codes = Vec::with_capacity(values.len());
+    let mut scales = Vec::with_capacity(values.len() / cols);
+    let mut offsets = Vec::with_capacity(values.len() / cols);
+    for row in values.chunks_exact(cols) {
+        let low = row.iter().copied().fold(f32::INFINITY, f32::min);
+        let high = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let scale = if high > low { (high - low) / 254.0 } else { 1.0 };
+        let offset = low / 2.0 + high / 2.0;
+        codes.extend(row.iter().map(|value| to_code((value - offset) / scale)));
+        scales.push(scale);
+        offsets.push(offset);
     }
+    (codes, scales, offsets)
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "clamped to the range of i8")]
+pub(super) fn to_code(x: f32) -> i8 {
+    x.round_ties_even().clamp(-127.0, 127.0) as i8
 }

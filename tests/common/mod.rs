@@ -1,4 +1,5 @@
 //! Pieces that several test files share.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod forms;
 pub(crate) mod tiny;

@@ -4,7 +4,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::exec::int8_build::{CodeTable, Int8Model};
+use crate::exec::int8_build::Int8Model;
+use crate::exec::int8_tables::Table;
 use crate::kernels::{AttentionForm, Isa};
 use crate::model::{
     ArchitectureSpec, Build, Encoder, Family, Forward, LayerConfig, LinearSlot, Model, NormSlot, Outputs, Positions,
@@ -55,7 +56,7 @@ impl Build<Int8> for Random {
         let positions = self.architecture.positions;
         let mut table = |rows| {
             let values = self.values(rows * d, 0.0, 1.0);
-            CodeTable::new(&Weight::F32(Cow::Owned(values)), d)
+            Table::new(&Weight::F32(Cow::Owned(values)), d)
         };
         Ok(Int8Tables { word: table(300), position: table(64), token_type: Some(table(2)), positions })
     }

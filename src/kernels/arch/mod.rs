@@ -2,9 +2,13 @@
 #![allow(unsafe_code, reason = "intrinsics and raw pointers into blocks; this folder is the only place for them")]
 
 mod attend;
+mod blocks;
+mod codebook;
 pub(super) mod detect;
+mod dot;
 mod gemm;
 pub(super) mod peak;
+mod products;
 mod rows;
 mod simd;
 mod table;
@@ -14,6 +18,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "aarch64")]
+mod dot_neon;
+#[cfg(target_arch = "x86_64")]
+mod dot_x86;
+#[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
 
@@ -21,6 +29,7 @@ use std::ops::Range;
 
 use self::attend::{Attend, Head};
 use self::gemm::Gemm;
+use self::products::{Forms, forms};
 use self::rows::{AddNorm, Quantize};
 use self::table::{AttentionTable, Table};
 use super::attention::{AttentionForm, CacheLine, Heads, SequenceHeads};
@@ -33,6 +42,7 @@ use super::{Nonlinearity, Reduction};
 pub struct KernelSet {
     isa: Isa,
     table: &'static Table,
+    forms: &'static Forms,
     attention: AttentionTable,
 }
 
@@ -109,7 +119,7 @@ impl KernelSet {
     #[must_use]
     pub fn new(isa: Isa) -> Self {
         let table = table(isa);
-        Self { isa, table, attention: table.int8_attention.unwrap_or(table.attention) }
+        Self { isa, table, forms: forms(isa.name()), attention: table.int8_attention.unwrap_or(table.attention) }
     }
 
     /// The same with attention in `form`; `None` if the instruction set has no such kernel.

@@ -64,7 +64,7 @@ unsafe impl Simd for Neon {
 
 /// `sums[n] += Σ_j weights[n][j] · codes[j]`, all s8.
 #[inline(always)]
-unsafe fn dot(sums: int32x4_t, weights: int8x16_t, codes: int8x16_t) -> int32x4_t {
+pub(super) unsafe fn dot(sums: int32x4_t, weights: int8x16_t, codes: int8x16_t) -> int32x4_t {
     let mut sums = sums;
     // SAFETY: SDOT is part of the dot-product extension, which the callers' contract demands.
     unsafe {

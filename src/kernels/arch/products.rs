@@ -1,0 +1,318 @@
+//! Matrix products of every form of [`PackedMatrix`]: the instantiations per instruction set, and their safe face.
+
+use super::KernelSet;
+use super::blocks::Blocks;
+use super::codebook::Codebook;
+use super::gemm::Gemm;
+use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedMatrix};
+use crate::kernels::isa::IsaName;
+use crate::kernels::layout::{CodeRows, PANEL, PanelColumns};
+
+/// Kernels of one form for results of one type.
+struct Products<T> {
+    /// By how large the weights are: within ±32, within ±64, any.
+    codebook: [unsafe fn(&Codebook<T>); 3],
+    grouped: Option<[unsafe fn(&Codebook<T>); 3]>,
+    blocks: unsafe fn(&Blocks<T>),
+    offset_blocks: Option<unsafe fn(&Blocks<T>)>,
+}
+
+/// The kernels of an instruction set beside those for dense INT8.
+pub(super) struct Forms {
+    int: Products<i32>,
+    float: Products<f32>,
+    half: Products<u16>,
+}
+
+/// All tiles of `$width` columns of a panel or strip. Rows are taken as many at once as their prepared codes have room for,
+/// then columns outside, so that their weights stay in the first cache over those rows.
+macro_rules! tiles {
+    ($args:expr, $k:expr, $width:expr, $rows:literal x $vectors:literal, $tile:ident::<$dot:ty, $sink:ty>) => {
+        let gemm = &$args.gemm;
+        let mut room = <$dot as Dot>::room();
+        let step = $vectors * <<$dot as Dot>::S as Simd>::LANES;
+        for (first, n_rows) in row_tiles(gemm.n_rows, <$dot as Dot>::rows_at_once($k)) {
+            // SAFETY: passed on; rows and columns are in range.
+            unsafe {
+                let codes = gemm.codes.add(first * gemm.stride);
+                let (codes, stride) = <$dot as Dot>::prepare(&mut room, codes, gemm.stride, n_rows, $k);
+                for column in (0..$width).step_by(step) {
+                    for (row, n_rows) in row_tiles(n_rows, $rows) {
+                        let tile = Tile { row: first + row, column, codes: codes.add(row * stride), stride };
+                        match n_rows {
+                            0 => {}
+                            1 => $tile::<$dot, $sink, { up_to(1, $rows) }, $vectors>($args, tile),
+                            2 => $tile::<$dot, $sink, { up_to(2, $rows) }, $vectors>($args, tile),
+                            3 => $tile::<$dot, $sink, { up_to(3, $rows) }, $vectors>($args, tile),
+                            4 => $tile::<$dot, $sink, { up_to(4, $rows) }, $vectors>($args, tile),
+                            5 => $tile::<$dot, $sink, { up_to(5, $rows) }, $vectors>($args, tile),
+                            _ => $tile::<$dot, $sink, { up_to(6, $rows) }, $vectors>($args, tile),
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
+const fn up_to(n: usize, most: usize) -> usize {
+    if n < most { n } else { most }
+}
+
+/// A module with the bodies of `codebook.rs` and `blocks.rs` for one dot product under the given target features, in tiles of
+/// `$rows` rows by `$vectors` vectors.
+macro_rules! products {
+    ($name:ident: #[$features:meta] $dot:ty, $rows:literal x $vectors:literal) => {
+        #[allow(dead_code, reason = "some instruction sets use a dot product for a part of the forms alone")]
+        mod $name {
+            use crate::kernels::arch::blocks::{self, Blocks};
+            use crate::kernels::arch::codebook::{self, Codebook, Tile, ValueSink};
+            use crate::kernels::arch::dot::Dot;
+            use crate::kernels::arch::gemm::{Sink, row_tiles};
+            use crate::kernels::arch::products::up_to;
+            use crate::kernels::arch::simd::Simd;
+            use crate::kernels::forms::PAIR;
+            use crate::kernels::layout::PANEL;
+
+            #[$features]
+            unsafe fn plain_tile<D: Dot, T: Sink, const R: usize, const V: usize>(args: &Codebook<T>, tile: Tile) {
+                // SAFETY: passed on unchanged, under the target features that the bodies need.
+                unsafe { codebook::tile::<D, T, R, V>(args, tile) }
+            }
+            #[$features]
+            unsafe fn grouped_tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(
+                args: &Codebook<T>,
+                tile: Tile,
+            ) {
+                // SAFETY: passed on unchanged.
+                unsafe { codebook::grouped_tile::<D, T, R, V>(args, tile) }
+            }
+            #[$features]
+            unsafe fn block_tile<D: Dot, T: Sink, const R: usize, const V: usize>(args: &Blocks<T>, tile: Tile) {
+                // SAFETY: passed on unchanged.
+                unsafe { blocks::tile::<D, T, R, V>(args, tile) }
+            }
+            #[$features]
+            unsafe fn offset_tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(args: &Blocks<T>, tile: Tile) {
+                // SAFETY: passed on unchanged.
+                unsafe { blocks::offset_tile::<D, T, R, V>(args, tile) }
+            }
+
+            #[$features]
+            pub(super) unsafe fn plain<T: Sink>(args: &Codebook<T>) {
+                let k = args.n_in.next_multiple_of(PAIR);
+                tiles!(args, k, PANEL, $rows x $vectors, plain_tile::<$dot, T>);
+            }
+            #[$features]
+            pub(super) unsafe fn grouped<T: ValueSink>(args: &Codebook<T>) {
+                let k = args.n_in.next_multiple_of(PAIR);
+                tiles!(args, k, PANEL, $rows x $vectors, grouped_tile::<$dot, T>);
+            }
+            #[$features]
+            pub(super) unsafe fn blocks<T: Sink>(args: &Blocks<T>) {
+                let k = args.n_in.next_multiple_of(4);
+                tiles!(args, k, args.width, $rows x $vectors, block_tile::<$dot, T>);
+            }
+            #[$features]
+            pub(super) unsafe fn offset_blocks<T: ValueSink>(args: &Blocks<T>) {
+                let k = args.n_in.next_multiple_of(4);
+                tiles!(args, k, args.width, $rows x $vectors, offset_tile::<$dot, T>);
+            }
+        }
+    };
+}
+
+/// `static FORMS`: dot products for weights within ±32, within ±64 and any, and for strips of 32 columns.
+macro_rules! forms {
+    ($within32:ident, $within64:ident, $any:ident, $narrow:ident) => {
+        use super::{Blocks, Forms, Products};
+        use crate::kernels::arch::codebook::ValueSink;
+        use crate::kernels::arch::gemm::Sink;
+        use crate::kernels::layout::PANEL;
+
+        unsafe fn blocks<T: Sink>(args: &Blocks<T>) {
+            // SAFETY: passed on; the instruction set is present by contract.
+            unsafe { if args.width == PANEL { $any::blocks(args) } else { $narrow::blocks(args) } }
+        }
+        const fn integers<T: Sink>() -> Products<T> {
+            Products {
+                codebook: [$within32::plain::<T>, $within64::plain::<T>, $any::plain::<T>],
+                grouped: None,
+                blocks: blocks::<T>,
+                offset_blocks: None,
+            }
+        }
+        const fn values<T: ValueSink>() -> Products<T> {
+            Products {
+                codebook: [$within32::plain::<T>, $within64::plain::<T>, $any::plain::<T>],
+                grouped: Some([$within32::grouped::<T>, $within64::grouped::<T>, $any::grouped::<T>]),
+                blocks: blocks::<T>,
+                offset_blocks: Some($any::offset_blocks::<T>),
+            }
+        }
+        pub(super) static FORMS: Forms = Forms { int: integers(), float: values(), half: values() };
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    products! { within32: #[target_feature(enable = "avx2,fma,f16c")] crate::kernels::arch::dot_x86::Avx2Within32, 4 x 2 }
+    products! { within64: #[target_feature(enable = "avx2,fma,f16c")] crate::kernels::arch::dot_x86::Avx2Within64, 4 x 2 }
+    products! { any: #[target_feature(enable = "avx2,fma,f16c")] crate::kernels::arch::dot_x86::Avx2Exact, 6 x 1 }
+    forms! { within32, within64, any, any }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni {
+    products! { any: #[target_feature(enable = "avx2,fma,f16c,avxvnni")] crate::kernels::arch::dot_x86::AvxVnni, 6 x 2 }
+    forms! { any, any, any, any }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    products! {
+        any: #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+        crate::kernels::arch::dot_x86::Avx512Vnni, 6 x 4
+    }
+    products! {
+        narrow: #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+        crate::kernels::arch::dot_x86::Avx512Vnni, 6 x 2
+    }
+    forms! { any, any, any, narrow }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    products! { any: #[target_feature(enable = "neon,dotprod")] crate::kernels::arch::neon::Neon, 4 x 4 }
+    forms! { any, any, any, any }
+}
+
+mod portable {
+    products! { any: #[inline(never)] crate::kernels::arch::portable::Portable, 2 x 2 }
+    forms! { any, any, any, any }
+}
+
+pub(super) fn forms(isa: IsaName) -> &'static Forms {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx512Vnni => &avx512::FORMS,
+        #[cfg(target_arch = "x86_64")]
+        IsaName::AvxVnni => &avx_vnni::FORMS,
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx2 => &avx2::FORMS,
+        #[cfg(target_arch = "aarch64")]
+        IsaName::NeonDotprod => &neon::FORMS,
+        _ => &portable::FORMS,
+    }
+}
+
+/// The arguments that all forms share. `k` is how many codes of a row are read.
+fn gemm<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumns, out: &mut [T]) -> Gemm<T> {
+    let n_rows = x.scales.len();
+    assert!(n_rows == 0 || x.stride >= k && x.codes.len() >= (n_rows - 1) * x.stride + k, "{n_rows} rows of {k} codes");
+    assert!(out.len() >= n_rows * PANEL, "{n_rows} rows of results in {} elements", out.len());
+    Gemm {
+        codes: x.codes.as_ptr(),
+        stride: x.stride,
+        scales: x.scales.as_ptr(),
+        n_rows,
+        weights,
+        k_groups: 0,
+        columns: std::ptr::from_ref(columns),
+        out: out.as_mut_ptr(),
+        next: std::ptr::null(),
+    }
+}
+
+impl<T> Products<T> {
+    fn codebook(&self, x: &CodeRows<'_>, weights: &PackedCodebook, panel: usize, out: &mut [T]) {
+        let n_in = weights.n_in();
+        let (scales, zeros) = weights.groups(panel);
+        let args = Codebook {
+            gemm: gemm(x, n_in.next_multiple_of(PAIR), weights.panel(panel).cast(), weights.columns(panel), out),
+            n_in,
+            table: weights.table().as_ptr(),
+            n_groups: scales.len(),
+            group_pairs: weights.group_pairs(),
+            scales: scales.as_ptr(),
+            zeros: zeros.as_ptr(),
+        };
+        let size = match weights.reach() {
+            0..=32 => 0,
+            33..=64 => 1,
+            _ => 2,
+        };
+        let kernel = if scales.is_empty() {
+            self.codebook[size]
+        } else {
+            self.grouped.expect("sums over groups of their own scales are not integers")[size]
+        };
+        // SAFETY: the instruction set is that of `self`; rows, panel and results are inside their slices, checked above
+        // and by `PackedCodebook`.
+        unsafe { kernel(&args) }
+    }
+
+    fn blocks(&self, x: &CodeRows<'_>, weights: &PackedBlocks, panel: usize, out: &mut [T]) {
+        let n_in = weights.n_in();
+        let columns = weights.columns(panel);
+        let offsets = weights.offsets(panel);
+        let width = weights.width();
+        for part in 0..PANEL / width {
+            let (codes, inputs) = weights.strip(panel * (PANEL / width) + part);
+            let args = Blocks {
+                gemm: gemm(x, n_in.next_multiple_of(4), codes, columns, out),
+                n_in,
+                width,
+                first_column: part * width,
+                inputs: inputs.as_ptr(),
+                n_blocks: inputs.len(),
+                offsets: offsets.map_or(std::ptr::null(), |offsets| offsets.as_ptr()),
+            };
+            let kernel = match offsets {
+                None => self.blocks,
+                Some(_) => self.offset_blocks.expect("sums with real-valued offsets are not integers"),
+            };
+            // SAFETY: as above; each block's four inputs are below `n_in` rounded up to four.
+            unsafe { kernel(&args) }
+        }
+    }
+}
+
+impl KernelSet {
+    /// `out[r, c] = Σ_k codes[r, k] · weights[n, k]`, `n = panel · PANEL + c`, of any form whose sums are integers; exact.
+    ///
+    /// # Panics
+    /// If the sizes do not fit, or the form has scales per group of inputs, zeros or offsets.
+    pub fn product_i32(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panel: usize, out: &mut [i32]) {
+        match weights {
+            PackedMatrix::Dense(dense) => self.gemm_i32(x, dense, panel, out),
+            PackedMatrix::Codebook(codebook) => self.forms.int.codebook(x, codebook, panel, out),
+            PackedMatrix::Blocks(blocks) => self.forms.int.blocks(x, blocks, panel, out),
+        }
+    }
+
+    /// `x Wᵀ + b` for the columns of a panel, `[n_rows, PANEL]`, of any form. *Error* beyond that of the stored numbers: of
+    /// the rounding of a few f32 operations per group of inputs, 2e-6 of the largest result.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn product_f32(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panel: usize, out: &mut [f32]) {
+        match weights {
+            PackedMatrix::Dense(dense) => self.gemm_f32(x, dense, panel, out),
+            PackedMatrix::Codebook(codebook) => self.forms.float.codebook(x, codebook, panel, out),
+            PackedMatrix::Blocks(blocks) => self.forms.float.blocks(x, blocks, panel, out),
+        }
+    }
+
+    /// The same, rounded to binary16.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn product_half(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panel: usize, out: &mut [u16]) {
+        match weights {
+            PackedMatrix::Dense(dense) => self.gemm_half(x, dense, panel, out),
+            PackedMatrix::Codebook(codebook) => self.forms.half.codebook(x, codebook, panel, out),
+            PackedMatrix::Blocks(blocks) => self.forms.half.blocks(x, blocks, panel, out),
+        }
+    }
+}
