@@ -139,7 +139,7 @@ fn damaged_parts_are_named() {
             Kind::Blocks64,
             |t| {
                 let blocks = named(t, &format!("{FFN}_blocks"));
-                blocks.shape = vec![blocks.shape[0] / 2, 128, 4];
+                blocks.shape = vec![blocks.shape[0] * 4, 16, 4];
             },
             &["_mask", "shape"],
         ),
@@ -317,7 +317,9 @@ fn the_int8_player_is_close_to_the_f32_player_of_the_same_stored_weights() {
                 let lowest = pairs.iter().copied().fold(1.0, f64::min);
                 let mean = pairs.iter().sum::<f64>() / pairs.len() as f64;
                 println!("{name} {isa} {n_cores}: mean {mean:.5}, lowest {lowest:.5}");
-                if !(mean > 0.9990 && lowest > 0.9960) {
+                // Between factors there is one rounding more, over few columns, and the random factors' products cancel.
+                let (least_mean, least) = if name.contains("LowRank") { (0.999, 0.99) } else { (0.9997, 0.9985) };
+                if !(mean > least_mean && lowest > least) {
                     offences.push(format!("{name} {isa} {n_cores}: mean {mean:.5}, lowest {lowest:.5}"));
                 }
             }
@@ -361,7 +363,7 @@ fn costs_count_what_is_multiplied_and_stored() {
     assert_eq!((dense.macs, dense.weight_bytes), (8 * 180 * 96, 180 * 96 + 180 * 4));
     assert_eq!(embed.weight_bytes, 8 * (96 + 4));
     let (codebook, embed) = costs(Kind::Codebook);
-    assert_eq!((codebook.macs, embed.weight_bytes), (dense.macs, 8 * (40 * 48 + 16 + 40 * 4) / 40));
+    assert_eq!((codebook.macs, embed.weight_bytes), (dense.macs, 8 * ((40 * 48 + 16 + 40 * 4) / 40)));
     let (low_rank, _) = costs(Kind::LowRank);
     assert_eq!(low_rank.macs, 8 * 48 * (180 + 96));
     let (blocks, _) = costs(Kind::Blocks64);
