@@ -286,7 +286,7 @@ impl Checkpoint {
             let parts = names
                 .map(|name| Ok((self.matrix(&name, rows, n_in)?, name)))
                 .collect::<Result<Vec<_>, CheckpointError>>()?;
-            stack(parts, n_in, &whole)?
+            stack(&parts, n_in, &whole)?
         };
         Ok(LinearWeights { n_out, n_in, weight, bias })
     }
@@ -357,10 +357,10 @@ impl<'a> Tensors<'a> for InFiles<'a> {
 }
 
 /// Stacks f32 and INT8 matrices of `cols` columns; mixed ones become f32.
-fn stack<'a>(parts: Vec<(Weight<'a>, String)>, cols: usize, whole: &str) -> Result<Weight<'a>, CheckpointError> {
+fn stack(parts: &[(Weight<'_>, String)], cols: usize, whole: &str) -> Result<Weight<'static>, CheckpointError> {
     let (mut all_codes, mut all_scales) = (Vec::new(), Vec::new());
     let mut n_float = 0;
-    for (part, name) in &parts {
+    for (part, name) in parts {
         match part {
             Weight::Int8 { codes, scale } => {
                 all_codes.extend_from_slice(codes);

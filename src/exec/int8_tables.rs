@@ -127,6 +127,7 @@ fn hold<T: Clone>(
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "what it borrows outlives it")]
 fn borrowed_codes(weight: Weight<'_>) -> &[i8] {
     match weight {
         Weight::Int8 { codes: Cow::Borrowed(codes), .. } | Weight::Int8Affine { codes: Cow::Borrowed(codes), .. } => {
@@ -136,6 +137,7 @@ fn borrowed_codes(weight: Weight<'_>) -> &[i8] {
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "what it borrows outlives it")]
 fn borrowed_indices(weight: Weight<'_>) -> &[u8] {
     match weight {
         Weight::Codebook4(Codebook4 { indices: Cow::Borrowed(indices), .. }) => indices,

@@ -247,7 +247,7 @@ impl Weight<'_> {
     /// The same, lent.
     #[must_use]
     pub fn lend(&self) -> Weight<'_> {
-        fn lend<'a, T: Clone>(values: &'a Cow<'_, [T]>) -> Cow<'a, [T]> {
+        fn lend<T: Clone>(values: &[T]) -> Cow<'_, [T]> {
             Cow::Borrowed(values)
         }
         match self {
@@ -260,7 +260,7 @@ impl Weight<'_> {
                 indices: lend(&codebook.indices),
                 table: codebook.table,
                 scale: lend(&codebook.scale),
-                zero: codebook.zero.as_ref().map(lend),
+                zero: codebook.zero.as_deref().map(lend),
                 n_groups: codebook.n_groups,
             }),
             Self::LowRank(LowRank { rank, down, up }) => {

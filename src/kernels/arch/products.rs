@@ -8,11 +8,13 @@ use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedMatrix};
 use crate::kernels::isa::IsaName;
 use crate::kernels::layout::{CodeRows, PANEL, PanelColumns};
 
+/// By how large the weights are: within ±32, within ±64, any.
+type BySize<T> = [unsafe fn(&Codebook<T>); 3];
+
 /// Kernels of one form for results of one type.
 struct Products<T> {
-    /// By how large the weights are: within ±32, within ±64, any.
-    codebook: [unsafe fn(&Codebook<T>); 3],
-    grouped: Option<[unsafe fn(&Codebook<T>); 3]>,
+    codebook: BySize<T>,
+    grouped: Option<BySize<T>>,
     blocks: unsafe fn(&Blocks<T>),
     offset_blocks: Option<unsafe fn(&Blocks<T>)>,
 }
