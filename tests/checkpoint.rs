@@ -28,7 +28,7 @@ fn a_hugging_face_directory_opens_with_its_sentence_modules() {
     assert_eq!((spec.d_model, spec.layers.len(), spec.layers[0].n_heads, spec.layers[0].d_ffn), (32, 2, 2, 64));
     assert_eq!((spec.pooling, spec.normalize, spec.max_input_tokens), (Pooling::Mean, true, 12));
     let qkv = checkpoint.linear(LinearSlot::Qkv(1)).unwrap();
-    assert_eq!((qkv.n_out, qkv.n_in, qkv.weight.len(), qkv.bias.len()), (96, 32, 96 * 32, 96));
+    assert_eq!((qkv.n_out, qkv.n_in, qkv.weight.n_rows(32), qkv.bias.len()), (96, 32, 96, 96));
 }
 
 #[test]
