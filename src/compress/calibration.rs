@@ -81,6 +81,16 @@ fn batches(ids: &[Vec<u32>]) -> Result<Vec<RaggedBatch>, CompressError> {
 }
 
 impl CalibrationText {
+    /// Every `n`-th sequence, so that about `n_tokens` tokens of all lengths come together.
+    ///
+    /// # Errors
+    /// Never: the sequences are those of this text.
+    pub fn excerpt(&self, n_tokens: usize) -> Result<Self, CompressError> {
+        let every = self.n_tokens.div_ceil(n_tokens.max(1)).max(1);
+        let sequences = self.batches.iter().flat_map(|batch| (0..batch.n_seqs()).map(|seq| batch.sequence(seq)));
+        Self::from_sequences(sequences.step_by(every).map(<[u32]>::to_vec).collect())
+    }
+
     /// A sample of given sequences.
     ///
     /// # Errors

@@ -5,12 +5,14 @@
 //! embedding and `v` a fresh vector of random signs for each text, `E_v[(∂L/∂m)²] = ‖∂e/∂m‖²` for anything `m` in the
 //! model (Gauss-Newton on random projections).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use candle_core::{Device, Tensor};
 use faer::Mat;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde::{Deserialize, Serialize};
 
 use super::CompressError;
 use super::allocate::Ranking;
@@ -24,9 +26,17 @@ use crate::exec::candle::normalize;
 use crate::model::{LinearSlot, Ops};
 
 /// How importance is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Importance {
-    /// `Σ_texts (∂L/∂mask)²`: what the embedding loses at first order if nothing makes up for the loss.
+    /// `‖W_S‖²`: squares of the weights that lead out of the head or neuron. Sees no text; layers compare badly.
+    Magnitude,
+    /// `tr(W_S C_SS W_Sᵀ)`: how much of the branch's output comes from the head or neuron, if nothing makes up for it.
+    Activation,
+    /// `mean_texts |∂L/∂mask|`: the first-order change of the embedding along a random direction (Michel et al. 2019,
+    /// §4.1; Molchanov et al. 2019).
+    Taylor,
+    /// `mean_texts (∂L/∂mask)²`: what the embedding loses at first order if nothing makes up for the loss.
     GaussNewton,
     /// What the branch's output loses after the surviving inputs made up for it by least squares (optimal brain
     /// surgeon on whole columns).
@@ -39,12 +49,16 @@ pub enum Importance {
 
 impl Importance {
     /// All of them, by name.
-    pub const ALL: [Self; 3] = [Self::GaussNewton, Self::OutputError, Self::Curvature];
+    pub const ALL: [Self; 6] =
+        [Self::Magnitude, Self::Activation, Self::Taylor, Self::GaussNewton, Self::OutputError, Self::Curvature];
 
     /// The name in flags and manifests.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Magnitude => "magnitude",
+            Self::Activation => "activation",
+            Self::Taylor => "taylor",
             Self::GaussNewton => "gauss-newton",
             Self::OutputError => "output-error",
             Self::Curvature => "curvature",
@@ -69,6 +83,18 @@ impl FromStr for Importance {
     }
 }
 
+/// Units in the order of their own cost, with costs that add up.
+fn ranking(costs: &[f64]) -> Ranking {
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by(|&a, &b| costs[a].total_cmp(&costs[b]).then(a.cmp(&b)));
+    let mut cost = vec![0.0];
+    cost.extend(order.iter().scan(0.0, |sum, &unit| {
+        *sum += costs[unit];
+        Some(*sum)
+    }));
+    Ranking { order, cost }
+}
+
 /// Ridge of the inverse input covariance, relative to its mean diagonal.
 const RIDGE: f64 = 1e-3;
 
@@ -81,7 +107,8 @@ struct Site {
     input: Moments,
     /// `Σ_tokens g gᵀ`, `[d_model, d_model]`, where `g = ∂L/∂output`.
     gradient: Vec<f64>,
-    /// `Σ_texts (∂L/∂mask)²` per group.
+    /// `Σ_texts |∂L/∂mask|` and `Σ_texts (∂L/∂mask)²` per group.
+    taylor: Vec<f64>,
     mask: Vec<f64>,
 }
 
@@ -119,8 +146,16 @@ pub fn measure(
             (LinearSlot::AttentionOut(layer), config.d_head, config.d_context()),
             (LinearSlot::FfnDown(layer), 1, config.d_ffn),
         ] {
-            let input = Moments::new(n_in, 0);
-            sites.push(Site { slot, group, input, gradient: vec![0.0; width * width], mask: vec![0.0; n_in / group] });
+            let zeros = vec![0.0; n_in / group];
+            let gradient = vec![0.0; width * width];
+            sites.push(Site {
+                slot,
+                group,
+                input: Moments::new(n_in, 0),
+                gradient,
+                taylor: zeros.clone(),
+                mask: zeros,
+            });
         }
     }
     let encoder = listening_encoder(model)?;
@@ -138,10 +173,7 @@ pub fn measure(
         let mut player = Listening::probing();
         let rows = encoder.forward(&mut player, &view)?;
         let embedding = normalize(&player.pool(&rows, spec.pooling, &view)?)?;
-        let signs: Vec<f32> =
-            (0..batch.n_seqs() * width).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect();
-        let signs = Tensor::from_vec(signs, (batch.n_seqs(), width), &Device::Cpu)?;
-        let gradients = (embedding * signs)?.sum_all()?.backward()?;
+        let gradients = (embedding * signs(&mut rng, batch.n_seqs(), width)?)?.sum_all()?.backward()?;
         for (((site, branch), probe), matrix) in
             sites.iter_mut().zip(&player.branches).zip(&player.probes).zip(&matrices)
         {
@@ -149,8 +181,10 @@ pub fn measure(
             let per_token = gradient.matmul(matrix)?.mul(&branch.input)?;
             for rows in view.sequences() {
                 let sums: Vec<f32> = per_token.narrow(0, rows.start, rows.len())?.sum(0)?.to_vec1()?;
-                for (mask, columns) in site.mask.iter_mut().zip(sums.chunks_exact(site.group)) {
-                    *mask += columns.iter().map(|&value| f64::from(value)).sum::<f64>().powi(2);
+                for (unit, columns) in sums.chunks_exact(site.group).enumerate() {
+                    let slope = columns.iter().map(|&value| f64::from(value)).sum::<f64>();
+                    site.taylor[unit] += slope.abs();
+                    site.mask[unit] += slope.powi(2);
                 }
             }
             let square: Vec<f32> = gradient.t()?.contiguous()?.matmul(gradient)?.flatten_all()?.to_vec1()?;
@@ -161,6 +195,48 @@ pub fn measure(
     }
     progress.phase_finished();
     Ok(Measurements { sites, n_texts: text.n_texts })
+}
+
+/// `E[g_i²]` at every output `i` of every linear layer, `g = ∂(v · e)/∂output` with random signs `v`: what an error of an
+/// output does to the embedding.
+///
+/// # Errors
+/// If the player fails.
+pub fn sensitivities(
+    model: &Weights,
+    text: &CalibrationText,
+    seed: u64,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<LinearSlot, Vec<f64>>, CompressError> {
+    let spec = model.architecture();
+    let encoder = listening_encoder(model)?;
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut sums: BTreeMap<LinearSlot, Vec<f64>> = BTreeMap::new();
+    progress.phase_started("measure sensitivity", text.n_tokens as u64);
+    for batch in &text.batches {
+        let view = batch.view(0..batch.n_seqs());
+        let mut player = Listening::probing_all();
+        let rows = encoder.forward(&mut player, &view)?;
+        let embedding = normalize(&player.pool(&rows, spec.pooling, &view)?)?;
+        let gradients = (embedding * signs(&mut rng, batch.n_seqs(), spec.d_model)?)?.sum_all()?.backward()?;
+        let outputs = (0..spec.layers.len())
+            .flat_map(|layer| [LinearSlot::AttentionOut(layer), LinearSlot::FfnDown(layer)])
+            .zip(player.probes);
+        for (slot, probe) in outputs.chain(player.input_probes) {
+            let gradient = gradients.get(&probe).ok_or(CompressError::NoGradient { slot })?;
+            let squares: Vec<f32> = gradient.sqr()?.sum(0)?.to_vec1()?;
+            let sums = sums.entry(slot).or_insert_with(|| vec![0.0; squares.len()]);
+            sums.iter_mut().zip(squares).for_each(|(sum, square)| *sum += f64::from(square) / text.n_tokens as f64);
+        }
+        progress.advanced(batch.n_tokens() as u64);
+    }
+    progress.phase_finished();
+    Ok(sums)
+}
+
+fn signs(rng: &mut StdRng, n_seqs: usize, width: usize) -> candle_core::Result<Tensor> {
+    let signs: Vec<f32> = (0..n_seqs * width).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect();
+    Tensor::from_vec(signs, (n_seqs, width), &Device::Cpu)
 }
 
 impl Measurements {
@@ -200,17 +276,37 @@ impl Measurements {
 
     fn rank_site(&self, site: &Site, model: &Weights, importance: Importance) -> Result<Ranking, CompressError> {
         let n_texts = self.n_texts as f64;
-        if importance == Importance::GaussNewton {
-            let mut order: Vec<usize> = (0..site.mask.len()).collect();
-            order.sort_by(|&a, &b| site.mask[a].total_cmp(&site.mask[b]));
-            let mut cost = vec![0.0];
-            cost.extend(order.iter().scan(0.0, |sum, &unit| {
-                *sum += site.mask[unit] / n_texts;
-                Some(*sum)
-            }));
-            return Ok(Ranking { order, cost });
-        }
         let linear = model.dense(site.slot);
+        let each = |cost: &dyn Fn(usize) -> f64| Ok(ranking(&(0..site.mask.len()).map(cost).collect::<Vec<f64>>()));
+        match importance {
+            Importance::Magnitude => {
+                return each(&|unit| {
+                    let columns = unit * site.group..(unit + 1) * site.group;
+                    let rows = linear.weight.chunks_exact(linear.n_in);
+                    rows.flat_map(|row| &row[columns.clone()]).map(|&value| f64::from(value).powi(2)).sum()
+                });
+            }
+            Importance::Activation => {
+                let covariance = site.input.covariance();
+                return each(&|unit| {
+                    let columns = unit * site.group..(unit + 1) * site.group;
+                    let rows = linear.weight.chunks_exact(linear.n_in).map(|row| &row[columns.clone()]);
+                    let quadratic = |row: &[f32]| -> f64 {
+                        let pairs = (0..site.group).flat_map(|i| (0..site.group).map(move |j| (i, j)));
+                        pairs
+                            .map(|(i, j)| {
+                                let place = (columns.start + i, columns.start + j);
+                                f64::from(row[i]) * covariance[place] * f64::from(row[j])
+                            })
+                            .sum()
+                    };
+                    rows.map(quadratic).sum()
+                });
+            }
+            Importance::Taylor => return each(&|unit| site.taylor[unit] / n_texts),
+            Importance::GaussNewton => return each(&|unit| site.mask[unit] / n_texts),
+            Importance::OutputError | Importance::Curvature => {}
+        }
         let mut covariance = site.input.covariance();
         regularize(&mut covariance, RIDGE);
         let weight = Mat::from_fn(linear.n_out, linear.n_in, |i, j| f64::from(linear.weight[i * linear.n_in + j]));

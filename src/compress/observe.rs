@@ -2,7 +2,7 @@
 
 use candle_core::{Tensor, Var};
 
-use crate::exec::candle::{CandleBuild, CandleF32, CandleLinear, CandleNorm, CandleTables, WeightSource};
+use crate::exec::candle::{CandleBuild, CandleF32, CandleLinear, CandleNorm, CandleTables, WeightSource, activate};
 use crate::model::{
     Activation, Architecture, AttentionSpec, Build, Encoder, LinearSlot, ModelError, NormSlot, Ops, Pooling, Ragged,
     RaggedBatch,
@@ -30,12 +30,27 @@ pub(super) struct Listening {
     probing: bool,
     /// These variables, in the order of `branches`.
     pub(super) probes: Vec<Var>,
+    /// Whether the same is done with the other linear layers.
+    probing_inputs: bool,
+    /// Their variables.
+    pub(super) input_probes: Vec<(LinearSlot, Var)>,
+}
+
+/// `output` plus a variable of zeros.
+fn probed(output: &Tensor) -> candle_core::Result<(Tensor, Var)> {
+    let probe = Var::zeros(output.shape(), output.dtype(), output.device())?;
+    Ok(((output + probe.as_tensor())?, probe))
 }
 
 impl Listening {
     /// A player whose branches' outputs can be asked for gradients.
     pub(super) fn probing() -> Self {
         Self { probing: true, ..Self::default() }
+    }
+
+    /// A player where the output of every linear layer can be asked for its gradient.
+    pub(super) fn probing_all() -> Self {
+        Self { probing: true, probing_inputs: true, ..Self::default() }
     }
 }
 
@@ -59,7 +74,15 @@ impl Ops for Listening {
     }
 
     fn linear(&mut self, linear: &CandleLinear, x: &Tensor, then: Activation) -> Result<Tensor, ModelError> {
-        CandleF32.linear(linear, x, then)
+        if !self.probing_inputs {
+            return CandleF32.linear(linear, x, then);
+        }
+        let mut play = || -> candle_core::Result<Tensor> {
+            let (output, probe) = probed(&linear.apply(x)?)?;
+            self.input_probes.push((linear.slot, probe));
+            activate(output, then)
+        };
+        play().map_err(ModelError::player)
     }
 
     fn attend(&mut self, qkv: Tensor, spec: &AttentionSpec, batch: &Ragged<'_>) -> Result<Tensor, ModelError> {
@@ -77,8 +100,8 @@ impl Ops for Listening {
             let mut output = linear.apply(&x)?;
             self.branches.push(Branch { input: x.detach(), output: output.detach(), residual: residual.detach() });
             if self.probing {
-                let probe = Var::zeros(output.shape(), output.dtype(), output.device())?;
-                output = (output + probe.as_tensor())?;
+                let (sum, probe) = probed(&output)?;
+                output = sum;
                 self.probes.push(probe);
             }
             norm.apply(&(output + &residual)?)

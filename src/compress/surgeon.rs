@@ -39,6 +39,17 @@ pub(super) fn rank(
     metric: Option<&Mat<f64>>,
     group: usize,
 ) -> Option<Ranking> {
+    rank_most(weight, covariance, metric, group, usize::MAX)
+}
+
+/// The same, for the first `most` removals only.
+pub(super) fn rank_most(
+    weight: &Mat<f64>,
+    covariance: &Mat<f64>,
+    metric: Option<&Mat<f64>>,
+    group: usize,
+    most: usize,
+) -> Option<Ranking> {
     let (n_out, n) = (weight.nrows(), weight.ncols());
     let inverse = covariance.llt(Side::Lower).ok()?.inverse();
     let weighted = metric.map_or_else(|| weight.clone(), |metric| metric * weight);
@@ -57,7 +68,7 @@ pub(super) fn rank(
     };
     let mut ranking = Ranking { order: Vec::new(), cost: vec![0.0] };
     let mut total = 0.0;
-    while surgeon.n_active > group {
+    while surgeon.n_active > group && ranking.order.len() < most {
         let (place, cost) = surgeon.cheapest()?;
         total += cost.max(0.0);
         ranking.order.push(surgeon.groups[place]);
