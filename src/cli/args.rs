@@ -242,15 +242,16 @@ pub(super) struct BenchArgs {
     /// The model.
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// Inputs, one JSON value a line: a string, or a list of token ids (default: --sequences of --length tokens).
+    /// Inputs, one JSON value a line: a string, a list of token ids, or an object with a `text` or `ids` (default:
+    /// --sequences of --length tokens).
     #[arg(long, value_name = "FILE")]
     pub(super) input: Option<PathBuf>,
     /// Sequences to make up when there is no input file.
-    #[arg(long, default_value_t = 1)]
-    pub(super) sequences: usize,
+    #[arg(long, default_value = "1")]
+    pub(super) sequences: std::num::NonZeroUsize,
     /// Tokens of each made-up sequence.
-    #[arg(long, default_value_t = 128)]
-    pub(super) length: usize,
+    #[arg(long, default_value = "128")]
+    pub(super) length: std::num::NonZeroUsize,
     /// Tokens of one batch.
     #[arg(long, default_value_t = 16_384)]
     pub(super) max_batch_tokens: usize,
@@ -266,6 +267,26 @@ pub(super) struct BenchArgs {
     /// Passes over the input that are counted.
     #[arg(long, default_value = "20")]
     pub(super) rounds: std::num::NonZeroUsize,
+    /// Show what share of the time each operation takes (one worker, INT8).
+    #[arg(long)]
+    pub(super) profile: bool,
+    /// Send the inputs to a running server instead, one a request.
+    #[arg(long, value_name = "URL", conflicts_with_all = ["workers", "batch", "profile"])]
+    pub(super) http: Option<String>,
+    /// With --http: the route that takes `{"inputs": …}`.
+    #[arg(long, default_value = "/embed", requires = "http")]
+    pub(super) route: String,
+    /// With --http: clients that send a request as soon as their last one is answered; with --rate, the most requests
+    /// that may be open at once.
+    #[arg(long, default_value = "64", requires = "http")]
+    pub(super) clients: std::num::NonZeroUsize,
+    /// With --http: requests per second that arrive whether or not earlier ones were answered. Latency counts from the
+    /// moment a request was due.
+    #[arg(long, value_name = "PER_SECOND", requires = "http")]
+    pub(super) rate: Option<f64>,
+    /// With --http: seconds to measure, after a fifth of that to warm up.
+    #[arg(long, default_value_t = 10.0, requires = "http")]
+    pub(super) seconds: f64,
     /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::int8::{Int8, WorkspaceLimits};
 use super::int8_tables::{Found, Int8Tables, Table};
+use super::timed::{Timed, TimedBuild};
 use crate::checkpoint::Checkpoint;
 use crate::kernels::KernelSet;
 use crate::kernels::threads::Cores;
@@ -85,6 +86,24 @@ impl Int8Model {
         let player = Int8::new(kernels, cores, &limits, self.bytes);
         Model::new(Arc::clone(&self.architecture), Arc::clone(&self.encoder), player, group_tokens, Int8::memory)
     }
+}
+
+/// The model of `checkpoint` with a player that tells where its time goes.
+///
+/// # Errors
+/// Naming the tensor that is missing or damaged.
+pub fn timed_model(
+    checkpoint: &Arc<Checkpoint>,
+    kernels: KernelSet,
+    cores: Arc<Cores>,
+    group_tokens: usize,
+) -> Result<Model<Timed<Int8>>, ModelError> {
+    let architecture = Arc::new(checkpoint.architecture().clone());
+    let mut build = TimedBuild(Int8Build::new(Arc::clone(checkpoint)));
+    let encoder = Arc::new(Encoder::build(&architecture, &mut build)?);
+    let limits = WorkspaceLimits::new(&architecture, group_tokens);
+    let player = Timed::new(Int8::new(kernels, cores, &limits, build.0.bytes()));
+    Ok(Model::new(architecture, encoder, player, group_tokens, |player| player.inner().memory()))
 }
 
 /// Takes weights from a checkpoint; f32 weights are quantized on the way.

@@ -6,6 +6,7 @@ pub mod int8;
 pub mod int8_build;
 pub mod int8_tables;
 mod load;
+pub mod timed;
 pub mod workspace;
 
 pub use load::candle_model;

@@ -1,16 +1,14 @@
-//! `niwaki bench`: latency, throughput and the share of the machine's limit, in process.
-//!
-//! A sample is one forward call. Rounds are interleaved over nothing else here; to compare programs, run them in turn.
+//! In process. A sample is one forward call. Rounds are interleaved over nothing else here; to compare programs, run them in turn.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use serde_json::{Value, json};
 
-use super::args::BenchArgs;
-use super::{model, players};
+use super::super::args::{BenchArgs, Precision};
+use super::super::{model, players};
+use super::{input, percentile, profile};
 use crate::kernels::peak;
 use crate::model::{Architecture, Forward, LinearSlot, Outputs, RaggedBatch, Want};
 use crate::telemetry::process;
@@ -32,10 +30,10 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let mut loaded = players::load(&checkpoint, &args.model, n_workers)?;
     let architecture = checkpoint.architecture();
     let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
-    let sequences = match &args.input {
-        Some(path) => read_input(path, &tokenizer, architecture)?,
-        None => vec![(0..args.length).map(|i| 1_000 + (i * 7_919 % 20_000) as u32).collect(); args.sequences],
-    };
+    let sequences = input::inputs(args)?
+        .into_iter()
+        .map(|input| input.into_ids(&tokenizer, architecture.max_input_tokens))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let batches = batches(&sequences, args.max_batch_tokens, args.batch)?;
     let peak = peak::measure(loaded.kernels.isa(), Duration::from_millis(200), loaded.n_threads);
     for _ in 0..args.warmup {
@@ -48,11 +46,18 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let median = &rounds[rounds.len() / 2];
     let mut samples: Vec<f64> = rounds.iter().flat_map(|round| round.samples.iter().copied()).collect();
     samples.sort_by(f64::total_cmp);
-    let percentile = |share: f64| samples[((samples.len() - 1) as f64 * share).round() as usize] * 1e3;
+    let ms = |share| percentile(&samples, share) * 1e3;
     let memory = loaded.workers.iter().map(|worker| worker.memory());
     let workspace: usize = memory.clone().map(|memory| memory.workspace_peak).sum();
     let weights = memory.map(|memory| memory.weights).max().unwrap_or_default();
     let gmacs = median.macs / median.wall / 1e9;
+    let operations = match (args.profile, args.model.precision) {
+        (false, _) => Vec::new(),
+        (true, Precision::Int8) => {
+            profile::profile(&checkpoint, &args.model, loaded.kernels, &batches, args.rounds.get())?
+        }
+        (true, Precision::F32) => bail!("--profile shows the INT8 player's operations, not those of --precision f32"),
+    };
     let report = json!({
         "model": checkpoint.name(),
         "isa": loaded.kernels.name(),
@@ -62,13 +67,14 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "sequences": median.n_seqs,
         "tokens": median.n_tokens,
         "batches": batches.len(),
-        "latency_ms": {"p50": percentile(0.5), "p90": percentile(0.9), "p99": percentile(0.99), "min": samples[0] * 1e3},
+        "latency_ms": {"p50": ms(0.5), "p90": ms(0.9), "p99": ms(0.99), "min": samples[0] * 1e3},
         "round_s": {"median": median.wall, "min": rounds[0].wall, "max": rounds[rounds.len() - 1].wall},
         "sequences_per_s": median.n_seqs as f64 / median.wall,
         "tokens_per_s": median.n_tokens as f64 / median.wall,
         "gmac_per_s": gmacs,
         "peak_gmac_per_s": peak.map(|peak| peak / 1e9),
         "share_of_peak": peak.map(|peak| gmacs * 1e9 / peak),
+        "operations": operations,
         "memory": {"weights": weights, "workspace_peak": workspace, "rss": process::resident_bytes()},
     });
     if args.json {
@@ -110,6 +116,14 @@ fn print_table(report: &Value) {
         number("/share_of_peak") * 100.0,
         number("/peak_gmac_per_s")
     );
+    for row in report["operations"].as_array().into_iter().flatten() {
+        println!(
+            "  {:<14}{:>10.1} us {:>6.1} %",
+            row["operation"].as_str().unwrap_or_default(),
+            row["us"].as_f64().unwrap_or_default(),
+            row["share"].as_f64().unwrap_or_default() * 100.0
+        );
+    }
     println!(
         "memory         weights {:.1} MB, workspace {:.1} MB at peak, resident {:.1} MB",
         number("/memory/weights") / 1e6,
@@ -202,27 +216,4 @@ fn batches(sequences: &[Vec<u32>], max_tokens: usize, max_count: Option<usize>) 
     }
     batches.push(batch);
     Ok(batches)
-}
-
-/// One JSON value a line: a string, or a list of token ids.
-fn read_input(path: &Path, tokenizer: &Tokenizer, architecture: &Architecture) -> anyhow::Result<Vec<Vec<u32>>> {
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    let mut sequences = Vec::new();
-    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let place = || format!("{}:{}", path.display(), index + 1);
-        let mut ids = match serde_json::from_str(line).with_context(place)? {
-            Value::String(text) => tokenizer.encode(&text, true)?,
-            list @ Value::Array(_) => serde_json::from_value::<Vec<u32>>(list).with_context(place)?,
-            _ => bail!("{}: neither a string nor a list of token ids", place()),
-        };
-        ids.truncate(architecture.max_input_tokens);
-        if ids.is_empty() {
-            bail!("{}: no tokens", place());
-        }
-        sequences.push(ids);
-    }
-    if sequences.is_empty() {
-        bail!("{}: no input", path.display());
-    }
-    Ok(sequences)
 }

@@ -1,0 +1,75 @@
+//! What is sent through a model or a server: lines of a file, or made-up sequences.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::super::args::BenchArgs;
+use crate::text::Tokenizer;
+
+/// One input.
+#[derive(Debug, Clone)]
+pub(super) enum Input {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+impl Input {
+    /// As a request carries it.
+    pub(super) fn to_json(&self) -> Value {
+        match self {
+            Self::Text(text) => text.as_str().into(),
+            Self::Ids(ids) => ids.as_slice().into(),
+        }
+    }
+
+    /// Token ids, cut to what the model takes.
+    pub(super) fn into_ids(self, tokenizer: &Tokenizer, max_tokens: usize) -> anyhow::Result<Vec<u32>> {
+        let mut ids = match self {
+            Self::Text(text) => tokenizer.encode(&text, true)?,
+            Self::Ids(ids) => ids,
+        };
+        ids.truncate(max_tokens);
+        Ok(ids)
+    }
+}
+
+/// The inputs that the flags name. Made-up ids are spread over the vocabulary, so that embedding rows are not all in cache.
+pub(super) fn inputs(args: &BenchArgs) -> anyhow::Result<Vec<Input>> {
+    match &args.input {
+        Some(path) => read(path),
+        None => {
+            let ids = (0..args.length.get()).map(|i| 1_000 + (i * 7_919 % 20_000) as u32).collect();
+            Ok(vec![Input::Ids(ids); args.sequences.get()])
+        }
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<Input>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let mut inputs = Vec::new();
+    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let place = || format!("{}:{}", path.display(), index + 1);
+        let mut value = serde_json::from_str::<Value>(line).with_context(place)?;
+        if let Some(field) = value.as_object_mut().and_then(|object| {
+            let name = ["text", "ids"].into_iter().find(|name| object.contains_key(*name))?;
+            object.remove(name)
+        }) {
+            value = field;
+        }
+        let input = match value {
+            Value::String(text) if !text.is_empty() => Input::Text(text),
+            list @ Value::Array(_) => Input::Ids(serde_json::from_value(list).with_context(place)?),
+            _ => bail!("{}: neither a text nor a list of token ids", place()),
+        };
+        if matches!(&input, Input::Ids(ids) if ids.is_empty()) {
+            bail!("{}: no tokens", place());
+        }
+        inputs.push(input);
+    }
+    if inputs.is_empty() {
+        bail!("{}: no input", path.display());
+    }
+    Ok(inputs)
+}
