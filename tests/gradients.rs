@@ -124,7 +124,7 @@ fn attention_is_its_definition_under_every_band_and_mix_of_lengths() {
         (0..n_tokens * 3 * n_heads * d_head).map(|i| ((i * 7919 % 613) as f32 - 306.0) / 200.0).collect();
     let sequences: Vec<Vec<u32>> = lens.iter().map(|&len| vec![0; len]).collect();
     let batch = RaggedBatch::from_sequences(&sequences).unwrap();
-    for band in [Band::FULL, Band::symmetric(2, 1), Band { left: 3, right: 0, globals: 0 }, Band::symmetric(0, 0)] {
+    for band in [Band::FULL, Band::symmetric(2, 1), Band { left: 3, right: 0, ..Band::FULL }, Band::symmetric(0, 0)] {
         let layer = LayerConfig { n_heads, d_head, d_ffn: 1, band };
         let spec = niwaki::model::AttentionSpec::new(0, &layer);
         let qkv =

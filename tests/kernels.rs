@@ -1,12 +1,16 @@
 //! Kernels of every instruction set of this machine against `kernels::reference`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use niwaki::kernels::attention::{CacheLine, HalfPanels, Heads, KeyBand, SequenceHeads};
+use niwaki::kernels::attention::{
+    Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
+};
 use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowScale, block_index, code_stride};
 use niwaki::kernels::{
     AttentionForm, Block, CodeRowsMut, Isa, KernelSet, Nonlinearity, Norm, Reduction, f32_to_half, half_to_f32,
     reference,
 };
+use std::ops::Range;
+
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -284,16 +288,22 @@ fn embedding_rows_are_added_and_rows_are_reduced() {
 }
 
 /// Two sequences in one `qkv`; the second is the one looked at.
-struct Attention {
+struct Heading {
     heads: Heads,
     len: usize,
     first_row: usize,
-    band: KeyBand,
     qkv: Vec<u16>,
+    natural: bool,
+    listed: Vec<u32>,
+    pooled: usize,
+    /// What each query sees.
+    keys: Vec<QueryKeys>,
+    step: usize,
 }
 
-impl Attention {
-    fn new(seed: u64, heads: Heads, len: usize, band: KeyBand, sharpness: f32) -> Self {
+impl Heading {
+    /// All keys for all.
+    fn full(seed: u64, heads: Heads, len: usize, sharpness: f32) -> Self {
         let mut rng = rng(seed);
         let first_row = 3;
         let n_rows = first_row + len;
@@ -307,12 +317,87 @@ impl Attention {
                 qkv[block_index(n_rows, row, column)] = f32_to_half(rng.random_range(-width..width) * 1.7 + bias);
             }
         }
-        Self { heads, len, first_row, band, qkv }
+        let keys = vec![QueryKeys::range(0, len); len];
+        Self { heads, len, first_row, qkv, natural: true, listed: Vec::new(), pooled: 0, keys, step: 1 }
+    }
+
+    /// A window, and leading keys for all.
+    fn window(
+        seed: u64,
+        heads: Heads,
+        len: usize,
+        (left, right, leading): (usize, usize, usize),
+        sharpness: f32,
+    ) -> Self {
+        let mut problem = Self::full(seed, heads, len, sharpness);
+        problem.keys = (0..len)
+            .map(|query| {
+                let window = query.saturating_sub(left)..(query + right + 1).min(len);
+                let mut keys = QueryKeys::default();
+                keys.shared[0] = SlotRange::new(0, leading.min(window.start));
+                keys.shared[1] = SlotRange::new(window.start, window.end);
+                keys
+            })
+            .collect();
+        problem
+    }
+
+    /// Any ranges at all, over all three parts of the slots.
+    fn scattered(seed: u64, heads: Heads, len: usize, natural: bool, pooled: usize, step: usize) -> Self {
+        let mut problem = Self::full(seed, heads, len, 1.5);
+        let mut rng = rng(seed + 1);
+        let n_listed = rng.random_range(usize::from(!natural)..len + 1);
+        problem.listed = (0..n_listed).map(|_| rng.random_range(0..len as u32)).collect();
+        (problem.natural, problem.pooled, problem.step) = (natural, pooled, step);
+        let slots = problem.slots();
+        let n_slots = slots.n_slots(len);
+        let is_gap = |slot: usize| problem.meaning(slot).is_empty();
+        problem.keys = (0..len)
+            .map(|_| {
+                loop {
+                    // Six ascending ranges between twelve cuts, none with a gap in it.
+                    let mut cuts: Vec<usize> = (0..12).map(|_| rng.random_range(0..n_slots + 1)).collect();
+                    cuts.sort_unstable();
+                    let mut ranges = cuts.chunks_exact(2).map(|cut| match (cut[0]..cut[1]).any(is_gap) {
+                        true => SlotRange::default(),
+                        false => SlotRange::new(cut[0], cut[1]),
+                    });
+                    let keys = QueryKeys {
+                        shared: std::array::from_fn(|_| ranges.next().unwrap()),
+                        own: std::array::from_fn(|_| ranges.next().unwrap()),
+                    };
+                    if keys.ranges().any(|range| !range.is_empty()) {
+                        break keys;
+                    }
+                }
+            })
+            .collect();
+        problem
+    }
+
+    fn slots(&self) -> KeySlots<'_> {
+        KeySlots { natural: self.natural, listed: &self.listed, pooled: self.pooled }
+    }
+
+    /// Keys that a slot stands for, empty for a gap: the parts of the slots once more, step by step.
+    fn meaning(&self, slot: usize) -> Range<usize> {
+        let mut slot = slot;
+        if self.natural {
+            if slot < self.len.next_multiple_of(KEY_BLOCK) {
+                return if slot < self.len { slot..slot + 1 } else { 0..0 };
+            }
+            slot -= self.len.next_multiple_of(KEY_BLOCK);
+        }
+        if slot < self.listed.len().next_multiple_of(KEY_BLOCK) {
+            return self.listed.get(slot).map_or(0..0, |&key| key as usize..key as usize + 1);
+        }
+        slot -= self.listed.len().next_multiple_of(KEY_BLOCK);
+        (slot * self.pooled).min(self.len)..((slot + 1) * self.pooled).min(self.len)
     }
 
     fn sequence(&self) -> SequenceHeads<'_> {
         let qkv = HalfPanels { data: &self.qkv, n_rows: self.first_row + self.len };
-        SequenceHeads { qkv, heads: self.heads, first_row: self.first_row, len: self.len, band: self.band }
+        SequenceHeads { qkv, heads: self.heads, first_row: self.first_row, len: self.len, slots: self.slots() }
     }
 
     fn third(&self, third: usize, head: usize) -> Vec<f64> {
@@ -326,23 +411,25 @@ impl Attention {
             .collect()
     }
 
-    /// Context by a kernel set, queries in blocks of `block`: `[len, d_context]`.
-    fn run(&self, set: &KernelSet, block: usize) -> Vec<f32> {
+    /// Context by one form of attention, queries in blocks of `block`: `[len, d_context]`.
+    fn run(&self, attention: &Attention, block: usize) -> Vec<f32> {
         let sequence = self.sequence();
-        let lines = set.packed_lines(self.heads, self.len);
+        let lines = attention.packed_lines(self.heads, &sequence.slots, self.len);
         let mut packed = vec![CacheLine::ZERO; lines * self.heads.n_heads];
-        let mut scratch = vec![f32::NAN; set.attention_scratch(self.heads, self.len)];
+        let mut scratch = vec![f32::NAN; attention.scratch_of_width(self.heads, 0)];
         for (head, packed) in packed.chunks_exact_mut(lines).enumerate() {
-            set.pack_head(&sequence, head, packed, &mut scratch);
+            attention.pack_head(&sequence, head, packed, &mut scratch);
         }
         let n = self.heads.d_context();
         let mut out = Vec::new();
         for first in (0..self.len).step_by(block) {
-            let queries = first..(first + block).min(self.len);
-            let mut result = vec![f32::NAN; n.div_ceil(PANEL) * queries.len() * PANEL];
-            set.attend(&sequence, queries.clone(), &packed, &mut scratch, &mut result);
-            for row in 0..queries.len() {
-                out.extend((0..n).map(|column| result[block_index(queries.len(), row, column)]));
+            let keys = &self.keys[first..(first + block).min(self.len)];
+            let queries = Queries { first, keys, step: self.step };
+            let mut result = vec![f32::NAN; n.div_ceil(PANEL) * keys.len() * PANEL];
+            let mut scratch = vec![f32::NAN; attention.scratch(self.heads, keys)];
+            attention.attend(&sequence, queries, &packed, &mut scratch, &mut result);
+            for row in 0..keys.len() {
+                out.extend((0..n).map(|column| result[block_index(keys.len(), row, column)]));
             }
         }
         out
@@ -351,10 +438,11 @@ impl Attention {
     /// Context in f64.
     fn expected(&self) -> Vec<f64> {
         let (d, n) = (self.heads.d_head, self.heads.d_context());
+        let seen = |query: usize| self.keys[query].ranges().flatten().map(|slot| self.meaning(slot)).collect();
         let mut out = vec![0.0; self.len * n];
         for head in 0..self.heads.n_heads {
             let [q, k, v] = [0, 1, 2].map(|third| self.third(third, head));
-            for (row, values) in reference::attend(&q, &k, &v, d, self.band).chunks_exact(d).enumerate() {
+            for (row, values) in reference::attend(&q, &k, &v, d, seen).chunks_exact(d).enumerate() {
                 out[row * n + head * d..row * n + (head + 1) * d].copy_from_slice(values);
             }
         }
@@ -370,10 +458,14 @@ fn relative_error(got: &[f32], expected: &[f64]) -> f64 {
 }
 
 /// Every instruction set with every form of attention, and the relative error that the form states.
-fn attention_sets() -> Vec<(KernelSet, f64)> {
-    let forms = [(AttentionForm::F32, 1e-5), (AttentionForm::Int8, 4e-2)];
-    let sets = sets().into_iter().flat_map(|set| forms.map(|(form, bound)| Some((set.with_attention(form)?, bound))));
-    sets.flatten().collect()
+fn attentions(heads: Heads) -> Vec<(Attention, f64)> {
+    let bound = |form| match form {
+        AttentionForm::F32 => 1e-5,
+        AttentionForm::Int16 => 3e-3,
+        AttentionForm::Int8 => 4e-2,
+    };
+    let all = sets().into_iter().flat_map(|set| AttentionForm::ALL.map(|form| Some((set.with_attention(form)?, form))));
+    all.flatten().map(|(set, form)| (set.attention(heads, 1), bound(form))).collect()
 }
 
 #[test]
@@ -382,12 +474,12 @@ fn attention_is_within_the_stated_error_for_every_shape() {
     for (index, (n_heads, d_head)) in shapes.into_iter().enumerate() {
         for len in [1, 2, 8, 15, 16, 17, 33, 64, 100] {
             let heads = Heads { n_heads, d_head };
-            let problem = Attention::new(index as u64, heads, len, KeyBand::FULL, 1.0);
+            let problem = Heading::full(index as u64, heads, len, 1.0);
             let expected = problem.expected();
-            for (set, bound) in attention_sets() {
-                let got = problem.run(&set, 48);
+            for (attention, bound) in attentions(heads) {
+                let got = problem.run(&attention, 48);
                 let error = relative_error(&got, &expected);
-                assert!(error < bound, "{set:?} {heads:?} length {len}: {error:e}");
+                assert!(error < bound, "{attention:?} {heads:?} length {len}: {error:e}");
             }
         }
     }
@@ -396,15 +488,56 @@ fn attention_is_within_the_stated_error_for_every_shape() {
 #[test]
 fn attention_holds_its_error_at_length_and_for_flat_and_sharp_scores() {
     let heads = Heads { n_heads: 1, d_head: 32 };
-    for (len, band) in [(512, KeyBand::FULL), (1500, KeyBand::FULL), (700, KeyBand { left: 64, right: 64, globals: 1 })]
-    {
+    for (len, window) in [(512, None), (1500, None), (700, Some((64, 64, 1)))] {
         for sharpness in [0.05, 1.0, 6.0] {
-            let problem = Attention::new(5, heads, len, band, sharpness);
+            let problem = match window {
+                None => Heading::full(5, heads, len, sharpness),
+                Some(window) => Heading::window(5, heads, len, window, sharpness),
+            };
             let expected = problem.expected();
-            for (set, bound) in attention_sets() {
-                let error = relative_error(&problem.run(&set, 40), &expected);
-                assert!(error < bound, "{set:?} length {len}, sharpness {sharpness}: {error:e}");
+            for (attention, bound) in attentions(heads) {
+                if problem.keys[0].ranges().map(|range| range.len()).sum::<usize>() > attention.form().max_keys() {
+                    continue;
+                }
+                let error = relative_error(&problem.run(&attention, 40), &expected);
+                assert!(error < bound, "{attention:?} length {len}, sharpness {sharpness}: {error:e}");
             }
+        }
+    }
+}
+
+/// Heads too wide for the sums of a form are left to f32, and long rows to forms that are fine enough.
+#[test]
+fn forms_are_used_where_they_hold() {
+    for set in sets() {
+        let chosen = |d_head, n_keys| set.attention(Heads { n_heads: 1, d_head }, n_keys).form();
+        assert_eq!(
+            chosen(513, 10),
+            if chosen(32, 10) == AttentionForm::Int8 { AttentionForm::Int8 } else { AttentionForm::F32 }
+        );
+        assert_ne!(chosen(32, 513), AttentionForm::Int8);
+        for form in AttentionForm::ALL {
+            if let Some(set) = set.with_attention(form) {
+                assert_eq!(set.attention(Heads { n_heads: 1, d_head: 32 }, 1 << 20).form(), form);
+            }
+        }
+    }
+}
+
+/// The integer forms compute the same integers everywhere, so that instruction sets differ by the rounding of a few f32
+/// operations only.
+#[test]
+fn integer_forms_agree_between_instruction_sets() {
+    let heads = Heads { n_heads: 2, d_head: 32 };
+    let problem = Heading::scattered(3, heads, 90, true, 7, 1);
+    for form in [AttentionForm::Int16, AttentionForm::Int8] {
+        let with_form = sets().into_iter().filter_map(|set| set.with_attention(form));
+        let results: Vec<Vec<f32>> = with_form.map(|set| problem.run(&set.attention(heads, 1), 48)).collect();
+        for other in &results[1..] {
+            let first: Vec<f64> = results[0].iter().map(|&x| f64::from(x)).collect();
+            let error = relative_error(other, &first);
+            // A code that lies between two integers may round either way.
+            assert!(error < if form == AttentionForm::Int16 { 1e-4 } else { 3e-3 }, "{form:?}: {error:e}");
         }
     }
 }
@@ -413,20 +546,23 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn banded_attention_is_the_definition_and_does_not_depend_on_the_block(
-        left in 0usize..70, right in 0usize..70, globals in 0usize..40, len in 1usize..150, block in 1usize..60,
-        seed in 0u64..1000,
+    fn attention_over_any_ranges_is_the_definition_and_does_not_depend_on_the_block(
+        len in 1usize..150, block in 1usize..60, seed in 0u64..1000, kind in 0usize..3, pooled in 0usize..9,
+        step in 1usize..5, window in (0usize..70, 0usize..70, 0usize..40),
     ) {
         let heads = Heads { n_heads: 2, d_head: 32 };
-        let problem = Attention::new(seed, heads, len, KeyBand { left, right, globals }, 1.5);
+        let problem = match kind {
+            0 => Heading::window(seed, heads, len, window, 1.5),
+            _ => Heading::scattered(seed, heads, len, kind == 1, pooled, step),
+        };
         let expected = problem.expected();
-        for (set, bound) in attention_sets() {
-            let got = problem.run(&set, block);
+        for (attention, bound) in attentions(heads) {
+            let got = problem.run(&attention, block);
             let error = relative_error(&got, &expected);
-            prop_assert!(error < bound, "{:?}: {:e}", set, error);
-            let whole = problem.run(&set, len);
+            prop_assert!(error < bound, "{:?}: {:e}", attention, error);
+            let whole = problem.run(&attention, len);
             let same = got.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits());
-            prop_assert!(same, "{:?}: blocks of {} differ from one block", set, block);
+            prop_assert!(same, "{:?}: blocks of {} differ from one block", attention, block);
         }
     }
 }

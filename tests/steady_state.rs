@@ -75,7 +75,7 @@ fn allocates_nothing(dir: tempfile::TempDir) {
             })
             .collect();
     for isa in Isa::all_supported() {
-        for form in [AttentionForm::F32, AttentionForm::Int8] {
+        for form in AttentionForm::ALL {
             let Some(kernels) = KernelSet::new(isa).with_attention(form) else { continue };
             for n_cores in [1, 2] {
                 let mut worker = model.worker(kernels, Arc::new(Cores::new(n_cores).unwrap()), 256);

@@ -56,9 +56,11 @@ pub(super) struct ModelArgs {
     /// Sentence pooling, instead of the model's own.
     #[arg(long, env = "POOLING", value_enum)]
     pub(super) pooling: Option<PoolingArg>,
-    /// Run attention banded: `window=W` keys on either side of a token, `globals=cls` or a count of leading tokens
-    /// that see and are seen by all. Positions repeat beyond the model's table.
-    #[arg(long, env = "ATTENTION", value_name = "window=W[,globals=G]", value_parser = super::parse::attention)]
+    /// Which keys a token sees: `window=W` on either side, `window=L:R`, `dilated=W:D` (every D-th), `strided=S` (a window
+    /// and every S-th), `fixed=B:C` (its block of B and the last C of every block), `pooled=B` (its block, its neighbours,
+    /// and the means of the others), or `full`; besides, `globals=cls` or a count of leading tokens that see and are seen
+    /// by all, and `sinks=N` leading tokens that are seen by all. Positions repeat beyond the model's table.
+    #[arg(long, env = "ATTENTION", value_name = "PATTERN", value_parser = super::parse::attention)]
     pub(super) attention: Option<crate::model::Band>,
     /// Longest input in tokens (default: the model's limit; with --attention 8192).
     #[arg(long, env = "MAX_INPUT_LENGTH", value_name = "TOKENS")]
@@ -182,8 +184,8 @@ pub(super) struct CompressArgs {
     /// How the importance of heads and neurons is measured.
     #[arg(long, default_value_t = crate::compress::Importance::default())]
     pub(super) importance: crate::compress::Importance,
-    /// Band of every layer of the artefact.
-    #[arg(long, value_name = "window=W[,globals=G]", value_parser = super::parse::attention)]
+    /// Attention pattern of every layer of the artefact, as for `serve`.
+    #[arg(long, value_name = "PATTERN", value_parser = super::parse::attention)]
     pub(super) attention: Option<crate::model::Band>,
     /// Longest input in tokens (default: the model's; with --attention 8192).
     #[arg(long, value_name = "TOKENS")]

@@ -78,11 +78,7 @@ fn print_table(checkpoint: &Checkpoint) -> anyhow::Result<()> {
         let macs = layer_macs(spec, layer);
         total += macs;
         let band = config.band;
-        let attention = if band.is_full_for(spec.max_input_tokens) {
-            "full".to_owned()
-        } else {
-            format!("-{}..+{} globals {}", band.left, band.right, band.globals)
-        };
+        let attention = if band.is_full_for(spec.max_input_tokens) { "full".to_owned() } else { band.to_string() };
         let bits = bits(checkpoint, LinearSlot::FfnUp(layer))?;
         println!(
             "{layer:>5} {:>6} {:>7} {:>7} {bits:>6} {attention:>24} {macs:>12}",

@@ -144,11 +144,7 @@ fn served_model(args: &ServeArgs, checkpoint: &Checkpoint, loaded: &Loaded) -> S
             Precision::Int8 => "int8".to_owned(),
             Precision::F32 => "float32".to_owned(),
         },
-        attention: if full {
-            "full".to_owned()
-        } else {
-            format!("window left={} right={} globals={}", band.left, band.right, band.globals)
-        },
+        attention: if full { "full".to_owned() } else { band.to_string() },
         isa: loaded.isa.clone(),
         pooling: architecture.pooling,
         d_model: architecture.d_model,

@@ -94,8 +94,7 @@ impl CompressRequest {
             words.push(format!("--importance {} --seed {}", self.importance, self.seed));
         }
         if let Some(band) = &self.band {
-            // A symmetric window is all that the flag can say.
-            words.push(format!("--attention window={},globals={}", band.left, band.globals));
+            words.push(format!("--attention {band}"));
         }
         if let Some(limit) = self.max_input_tokens {
             words.push(format!("--max-input-length {limit}"));

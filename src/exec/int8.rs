@@ -7,15 +7,17 @@
 //! Rows are split over threads; with few rows the columns are, because then the weights are the traffic. Which it is never
 //! changes a result: integer sums are exact, and everything else is computed per row.
 
+mod attend;
 mod factors;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use self::attend::Plan;
 use self::factors::Middle;
 use super::int8_build::{Int8Linear, Int8Norm};
 use super::int8_tables::{Gather, Int8Tables};
 use super::workspace::{Aligned, Buffer, Workspace};
-use crate::kernels::attention::{CacheLine, HalfPanels, Heads, KeyBand, SequenceHeads};
+use crate::kernels::attention::Heads;
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, block_index, code_stride};
 use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat};
@@ -36,8 +38,8 @@ pub struct WorkspaceLimits {
     pub d_model: usize,
     /// Widest FFN of a layer.
     pub d_ffn: usize,
-    /// Heads of each layer.
-    pub heads: Vec<Heads>,
+    /// Heads of each layer, and which keys its queries see.
+    pub heads: Vec<(Heads, Band)>,
     /// Widest row between the factors of a matrix of low rank; 0 without.
     pub rank: usize,
 }
@@ -46,7 +48,10 @@ impl WorkspaceLimits {
     /// Limits for groups of `group_tokens` tokens of `architecture`.
     #[must_use]
     pub fn new(architecture: &Architecture, group_tokens: usize) -> Self {
-        let heads = architecture.layers.iter().map(|layer| Heads { n_heads: layer.n_heads, d_head: layer.d_head });
+        let heads = architecture
+            .layers
+            .iter()
+            .map(|layer| (Heads { n_heads: layer.n_heads, d_head: layer.d_head }, layer.band));
         Self {
             group_tokens: group_tokens.max(1),
             d_model: architecture.d_model,
@@ -67,6 +72,9 @@ pub struct Int8 {
     workspace: Workspace,
     lanes: Vec<Mutex<Lane>>,
     plan: Plan,
+    limits: WorkspaceLimits,
+    /// Bytes of a lane's block and scratch as they were made.
+    lane_bytes: (usize, usize),
     weight_bytes: usize,
 }
 
@@ -77,19 +85,6 @@ struct Lane {
     scratch: Aligned,
     middle: Middle,
     gather: Gather,
-}
-
-/// How a layer's attention falls into parts; kept so that making it allocates nothing.
-#[derive(Debug, Default)]
-struct Plan {
-    /// `(sequence, head)` and where its packed lines start.
-    heads: Vec<(usize, usize)>,
-    lines: Vec<usize>,
-    /// `(sequence, first query)` and the rows at which blocks of queries start.
-    queries: Vec<(usize, usize)>,
-    rows: Vec<usize>,
-    /// Per sequence, where its packed heads start.
-    packed: Vec<usize>,
 }
 
 /// Codes and scales of rows.
@@ -140,10 +135,8 @@ impl Int8 {
     #[must_use]
     pub fn new(kernels: KernelSet, cores: Arc<Cores>, limits: &WorkspaceLimits, weight_bytes: usize) -> Self {
         let tokens = limits.group_tokens;
-        let d_context = limits.heads.iter().map(Heads::d_context).max().unwrap_or(0);
-        let qkv = limits.heads.iter().map(|heads| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
-        // Groups are cut so that sequences rounded up to blocks of keys are no more than `tokens` together.
-        let packed = |heads: &Heads| heads.n_heads * kernels.packed_lines(*heads, tokens) * size_of::<CacheLine>();
+        let d_context = limits.heads.iter().map(|(heads, _)| heads.d_context()).max().unwrap_or(0);
+        let qkv = limits.heads.iter().map(|(heads, _)| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
         let widest = limits.d_ffn.max(limits.d_model).max(d_context).max(limits.rank).next_multiple_of(PANEL);
         let scales = tokens * size_of::<RowScale>();
         let workspace = Workspace::new(&[
@@ -152,7 +145,7 @@ impl Int8 {
             tokens * code_stride(limits.d_model),
             tokens * code_stride(limits.d_ffn.max(d_context)),
             qkv,
-            limits.heads.iter().map(packed).max().unwrap_or(0),
+            attend::packed_bytes(&kernels, limits),
             COLUMN_SPLIT_ROWS * widest * 4,
             scales,
             scales,
@@ -160,10 +153,11 @@ impl Int8 {
             COLUMN_SPLIT_ROWS * code_stride(limits.rank),
             COLUMN_SPLIT_ROWS * size_of::<RowScale>(),
         ]);
-        let scratch = limits.heads.iter().map(|&heads| kernels.attention_scratch(heads, tokens) * 4).max().unwrap_or(0);
+        let scratch = attend::scratch_bytes(&kernels, limits);
+        let lane_bytes = (BLOCK_ROWS * widest * 4, scratch);
         let lane = || Lane {
-            block: Aligned::with_bytes(BLOCK_ROWS * widest * 4),
-            scratch: Aligned::with_bytes(scratch),
+            block: Aligned::with_bytes(lane_bytes.0),
+            scratch: Aligned::with_bytes(lane_bytes.1),
             middle: Middle::new(BLOCK_ROWS, limits.rank),
             gather: if limits.rank == 0 {
                 Gather::default()
@@ -172,15 +166,8 @@ impl Int8 {
             },
         };
         let lanes = (0..cores.n_cores()).map(|_| Mutex::new(lane())).collect();
-        let max_heads = limits.heads.iter().map(|heads| heads.n_heads).max().unwrap_or(0);
-        let plan = Plan {
-            heads: Vec::with_capacity(tokens * max_heads),
-            lines: Vec::with_capacity(tokens * max_heads + 1),
-            queries: Vec::with_capacity(tokens),
-            rows: Vec::with_capacity(tokens + 1),
-            packed: Vec::with_capacity(tokens + 1),
-        };
-        Self { kernels, cores, seat: None, workspace, lanes, plan, weight_bytes }
+        let plan = Plan::new(limits);
+        Self { kernels, cores, seat: None, workspace, lanes, plan, limits: limits.clone(), lane_bytes, weight_bytes }
     }
 
     /// The kernels it calls.
@@ -209,6 +196,20 @@ impl Int8 {
     #[must_use]
     pub fn memory(&self) -> ForwardMemory {
         ForwardMemory { weights: self.weight_bytes, workspace: self.bytes(), workspace_peak: self.peak_bytes() }
+    }
+
+    /// Gives back, as a group of `n_tokens` tokens starts, what earlier and longer ones needed.
+    fn settle(&mut self, n_tokens: usize) {
+        if !self.workspace.is_due(n_tokens <= self.limits.group_tokens) {
+            return;
+        }
+        self.workspace.shrink();
+        self.plan.shrink(&self.limits);
+        for lane in &self.lanes {
+            let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+            lane.block.shrink_to(self.lane_bytes.0);
+            lane.scratch.shrink_to(self.lane_bytes.1);
+        }
     }
 
     /// Gives the seat up and reports that activations do not fit the verb.
@@ -330,41 +331,6 @@ fn nonlinearity(activation: Activation) -> Option<Nonlinearity> {
     }
 }
 
-fn key_band(band: Band) -> KeyBand {
-    let count = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
-    KeyBand { left: count(band.left), right: count(band.right), globals: count(band.globals) }
-}
-
-impl Plan {
-    /// Cuts the attention of a group into parts.
-    fn make(&mut self, kernels: &KernelSet, heads: Heads, batch: &Ragged<'_>, n_cores: usize) {
-        self.heads.clear();
-        self.lines.clear();
-        self.queries.clear();
-        self.rows.clear();
-        self.packed.clear();
-        // Tiles are of 8 queries; a lone short text still has a part for every core.
-        let block = batch.n_tokens().div_ceil(2 * n_cores).next_multiple_of(8).clamp(8, BLOCK_ROWS);
-        let mut end = 0;
-        self.lines.push(0);
-        self.rows.push(0);
-        for (sequence, rows) in batch.sequences().enumerate() {
-            let lines = kernels.packed_lines(heads, rows.len());
-            self.packed.push(end);
-            for head in 0..heads.n_heads {
-                end += lines;
-                self.heads.push((sequence, head));
-                self.lines.push(end);
-            }
-            for first in (0..rows.len()).step_by(block) {
-                self.queries.push((sequence, first));
-                self.rows.push(rows.start + (first + block).min(rows.len()));
-            }
-        }
-        self.packed.push(end);
-    }
-}
-
 impl Ops for Int8 {
     type Act = Int8Act;
     type Tables = Int8Tables;
@@ -378,6 +344,7 @@ impl Ops for Int8 {
             return self.refuse(Int8Error::Width { verb: "embed", expected: d_model, got: norm.gain.len() });
         }
         let n_rows = batch.n_tokens();
+        self.settle(n_rows);
         let mut rows = self.workspace.take::<f32>(n_rows * d_model);
         let mut codes = self.codes(n_rows, d_model);
         let stride = codes.stride;
@@ -413,52 +380,7 @@ impl Ops for Int8 {
     }
 
     fn attend(&mut self, qkv: Int8Act, spec: &AttentionSpec, batch: &Ragged<'_>) -> Result<Int8Act, ModelError> {
-        let heads = Heads { n_heads: spec.n_heads, d_head: spec.d_head };
-        let Form::Half(half) = &qkv.form else {
-            return self.refuse(Int8Error::Form { verb: "attend" });
-        };
-        if qkv.n != 3 * heads.d_context() || qkv.n_rows != batch.n_tokens() {
-            return self.refuse(Int8Error::Width { verb: "attend", expected: 3 * heads.d_context(), got: qkv.n });
-        }
-        let n = heads.d_context();
-        let mut to = self.codes(qkv.n_rows, n);
-        let stride = to.stride;
-        let Self { kernels, cores, seat, workspace, lanes, plan, .. } = self;
-        let seat = seat.get_or_insert_with(|| cores.enter());
-        plan.make(kernels, heads, batch, seat.n_cores());
-        let plan = &*plan;
-        let sequence = |index: usize| SequenceHeads {
-            qkv: HalfPanels { data: half, n_rows: qkv.n_rows },
-            heads,
-            first_row: batch.rows(index).start,
-            len: batch.rows(index).len(),
-            band: key_band(spec.band),
-        };
-        let mut packed = workspace.take::<CacheLine>(plan.packed.last().copied().unwrap_or(0));
-        let parts = RowParts::new(&mut packed, 1, Cut::At(&plan.lines));
-        seat.for_each(&parts, |lane, index, packed: &mut [CacheLine]| {
-            let (at, head) = plan.heads[index];
-            let sequence = sequence(at);
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let scratch = lane.scratch.first(kernels.attention_scratch(heads, sequence.len));
-            kernels.pack_head(&sequence, head, packed, scratch);
-        });
-        let cut = Cut::At(&plan.rows);
-        let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
-        seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
-            let (at, first) = plan.queries[index];
-            let sequence = sequence(at);
-            let n_rows = scales.len();
-            let packed = &packed[plan.packed[at]..plan.packed[at + 1]];
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let Lane { block, scratch, .. } = &mut *lane;
-            let block = block.first::<f32>(n.div_ceil(PANEL) * n_rows * PANEL);
-            let scratch = scratch.first(kernels.attention_scratch(heads, sequence.len));
-            kernels.attend(&sequence, first..first + n_rows, packed, scratch, block);
-            let mut to = CodeRowsMut { codes, stride, scales };
-            kernels.quantize(Block { data: block, n_rows, n }, 0..n_rows, &mut to);
-        });
-        Ok(Int8Act { n_rows: qkv.n_rows, n, form: Form::Codes(to) })
+        self.attend_rows(&qkv, spec, batch)
     }
 
     fn linear_add_norm(

@@ -4,6 +4,10 @@
 //! A request takes the smallest free buffer that is large enough. As the buffers that would do for a request always
 //! include those that would do for a larger one, this never fails where some assignment succeeds: a pool that holds one
 //! buffer per live tensor at its largest size serves every smaller batch.
+//!
+//! An input that is longer than the pool was made for makes it grow. It goes back to what it was made for after
+//! `QUIET` groups in a row that would have done with that ([`Workspace::is_due`]), so that rare long inputs are not paid
+//! for with memory, and frequent ones not with allocations.
 #![allow(unsafe_code, reason = "cache lines are lent as slices of plain numbers, and a mapping outlives its borrow")]
 
 use std::marker::PhantomData;
@@ -30,7 +34,10 @@ use sealed::Plain;
 // `RowScale` is two f32 in C layout, `CacheLine` sixteen: both without padding.
 const _: () = assert!(size_of::<RowScale>() == 8 && LINE == 64 && align_of::<CacheLine>() == 64);
 
-/// Numbers that start on a cache line; grows on demand, never shrinks.
+/// Groups in a row without need of more than the pool was made for, after which it shrinks.
+const QUIET: usize = 16;
+
+/// Numbers that start on a cache line; grows on demand.
 #[derive(Debug, Default)]
 pub struct Aligned {
     lines: Vec<CacheLine>,
@@ -47,6 +54,15 @@ impl Aligned {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.lines.len() * LINE
+    }
+
+    /// Gives back what is held beyond `bytes`, and what was written with it.
+    pub fn shrink_to(&mut self, bytes: usize) {
+        if self.bytes() > bytes.next_multiple_of(LINE) {
+            // The old lines go before the new ones come.
+            self.lines = Vec::new();
+            *self = Self::with_bytes(bytes);
+        }
     }
 
     /// The first `n` numbers, whatever was written last.
@@ -70,6 +86,10 @@ impl Aligned {
 #[derive(Debug, Default)]
 struct Pool {
     free: Vec<Aligned>,
+    /// Bytes of the buffers that it was made with.
+    sizes: Vec<usize>,
+    /// Groups since one needed more than that.
+    quiet: usize,
     held: usize,
     in_use: usize,
     peak: usize,
@@ -93,7 +113,32 @@ impl Workspace {
         let mut free = Vec::with_capacity(2 * sizes.len() + 8);
         free.extend(sizes.iter().map(|&bytes| Aligned::with_bytes(bytes)));
         let held = free.iter().map(Aligned::bytes).sum();
-        Self { pool: Arc::new(Mutex::new(Pool { free, held, in_use: 0, peak: 0 })) }
+        let pool = Pool { free, sizes: sizes.to_vec(), quiet: 0, held, in_use: 0, peak: 0 };
+        Self { pool: Arc::new(Mutex::new(pool)) }
+    }
+
+    /// Whether, as a group starts, it is time to [shrink](Self::shrink). `fits` tells that the group needs no more than
+    /// the pool was made for.
+    #[must_use]
+    pub fn is_due(&self, fits: bool) -> bool {
+        let mut pool = lock(&self.pool);
+        pool.quiet = if fits { pool.quiet + 1 } else { 0 };
+        pool.quiet == QUIET
+    }
+
+    /// Goes back to the sizes that it was made with, unless buffers are out.
+    pub fn shrink(&self) {
+        let mut pool = lock(&self.pool);
+        let made_with = pool.sizes.iter().map(|bytes| bytes.next_multiple_of(LINE)).sum();
+        if pool.in_use > 0 || pool.held <= made_with {
+            return;
+        }
+        pool.free.clear();
+        for index in 0..pool.sizes.len() {
+            let bytes = pool.sizes[index];
+            pool.free.push(Aligned::with_bytes(bytes));
+        }
+        pool.held = made_with;
     }
 
     /// `n` numbers, whatever was in them.
@@ -211,5 +256,29 @@ mod tests {
         // Only what does not fit grows the pool.
         drop(workspace.take::<f32>(1601));
         assert_eq!(workspace.bytes(), 7104 + 64);
+    }
+
+    #[test]
+    fn it_shrinks_after_a_while_without_need() {
+        let workspace = Workspace::new(&[6400, 640]);
+        let mut due = 0;
+        for group in 0..3 * QUIET {
+            // The last one that is too long is group 5.
+            due += usize::from(workspace.is_due(group % 5 != 0 || group > 5));
+            assert_eq!(due > 0, group >= 5 + QUIET, "group {group}");
+        }
+        assert_eq!(due, 1);
+        let held = workspace.take::<u8>(100_000);
+        workspace.shrink();
+        assert!(workspace.bytes() >= 100_000, "buffers that are out stay");
+        drop(held);
+        workspace.shrink();
+        assert_eq!(workspace.bytes(), 7040);
+        let mut lane = Aligned::with_bytes(64);
+        lane.first::<f32>(1000);
+        lane.shrink_to(4096);
+        assert_eq!(lane.bytes(), 4032);
+        lane.shrink_to(100);
+        assert_eq!(lane.bytes(), 128);
     }
 }

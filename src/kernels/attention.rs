@@ -1,16 +1,27 @@
-//! Banded attention as data: heads, bands, and where packed keys and values lie.
+//! Attention as data: heads, which keys a query sees, and where packed keys and values lie.
 //!
 //! The work of a layer falls into two loops. The first packs the keys and values of one head of one sequence; the
-//! second computes a block of queries of one sequence, all heads, over the packed keys in their band. Every number
-//! depends on one sequence only, and a query's result does not depend on the block it is computed in: masked keys weigh
-//! exactly 0, and sums run over absolute key positions.
+//! second computes a block of queries of one sequence, all heads, over the packed keys that they see.
+//!
+//! Keys are packed in *slots*. The order of the slots is chosen by the caller so that what a query sees is a few ranges
+//! of slots ([`QueryKeys`]): kernels know ranges, and nothing of the pattern behind them.
+//!
+//! Every number depends on one sequence only, and a query's result does not depend on the block it is computed in: hidden
+//! slots weigh exactly 0, and sums run over absolute slots.
 
 use std::ops::Range;
 
 use super::layout::PANEL;
 
-/// Keys of a packed block.
-pub const KEY_BLOCK: usize = 32;
+pub use super::arch::Attention;
+
+/// Slots of a packed block.
+pub const KEY_BLOCK: usize = 16;
+
+/// Most ranges of slots that a query shares with its neighbours.
+pub const SHARED: usize = 4;
+/// Most ranges of slots that a query has for itself.
+pub const OWN: usize = 2;
 
 /// One cache line of packed keys and values; what lies in it is known to the kernel that packed it.
 #[derive(Debug, Clone, Copy)]
@@ -25,51 +36,152 @@ impl CacheLine {
 /// The arithmetic of scores and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AttentionForm {
-    /// Scores, probabilities and sums in f32.
+    /// Scores, probabilities and sums in f32. *Error*: relative to the largest |v|, 2e-6 for up to a few thousand keys.
     F32,
-    /// s8 queries per token, s8 keys and values per head and dimension, u8 probabilities per chunk of keys, f32 sums.
+    /// 12-bit codes in s16: queries per token, keys and values per head and dimension, probabilities of 1/4095 of the
+    /// row's largest; integer sums. *Error*: 3e-3 relative to the context's size, measured up to 1,500 keys.
+    Int16,
+    /// The same in bytes, probabilities of 1/255. *Error*: 4e-2 up to 512 keys; beyond that a step of probability is
+    /// too coarse for rows that are nearly flat.
     Int8,
 }
 
-/// Which keys a query sees, in counts that fit a sequence: see `model::Band`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KeyBand {
-    /// Keys before the query.
-    pub left: usize,
-    /// Keys after the query.
-    pub right: usize,
-    /// Leading tokens that see and are seen by all.
-    pub globals: usize,
+impl AttentionForm {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Int16, Self::Int8];
+
+    /// Most keys of a row for which the stated error holds.
+    #[must_use]
+    pub fn max_keys(self) -> usize {
+        match self {
+            Self::F32 | Self::Int16 => usize::MAX,
+            Self::Int8 => 512,
+        }
+    }
+
+    /// Largest width of a head for which the sums fit.
+    #[must_use]
+    pub fn max_d_head(self) -> usize {
+        match self {
+            Self::F32 => usize::MAX,
+            Self::Int16 => 512,
+            Self::Int8 => 65_536,
+        }
+    }
 }
 
-impl KeyBand {
-    /// Every key.
-    pub const FULL: Self = Self { left: usize::MAX, right: usize::MAX, globals: 0 };
+/// In which order keys are packed; each part starts at a multiple of [`KEY_BLOCK`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeySlots<'a> {
+    /// Whether the first part is the sequence's keys in order.
+    pub natural: bool,
+    /// The second part: positions in the sequence.
+    pub listed: &'a [u32],
+    /// The third part: means of this many consecutive keys and values each, standing for as many; 0 for none.
+    pub pooled: usize,
+}
 
-    /// Keys around `query` in a sequence of `len` tokens, without the globals before them.
+impl KeySlots<'static> {
+    /// The sequence's keys in order.
+    pub const NATURAL: Self = Self { natural: true, listed: &[], pooled: 0 };
+}
+
+impl KeySlots<'_> {
+    /// Slots of a sequence of `len` tokens, gaps between the parts included.
     #[must_use]
-    pub fn window(&self, query: usize, len: usize) -> Range<usize> {
-        if query < self.globals {
-            return 0..len;
+    pub fn n_slots(&self, len: usize) -> usize {
+        self.pooled_start(len) + self.n_pooled(len).next_multiple_of(KEY_BLOCK)
+    }
+
+    /// The first slot of the second part.
+    #[must_use]
+    pub fn listed_start(&self, len: usize) -> usize {
+        if self.natural { len.next_multiple_of(KEY_BLOCK) } else { 0 }
+    }
+
+    /// The first slot of the third part.
+    #[must_use]
+    pub fn pooled_start(&self, len: usize) -> usize {
+        self.listed_start(len) + self.listed.len().next_multiple_of(KEY_BLOCK)
+    }
+
+    fn n_pooled(&self, len: usize) -> usize {
+        if self.pooled == 0 { 0 } else { len.div_ceil(self.pooled) }
+    }
+
+    /// Positions of the keys that slot `slot` stands for; empty for a gap.
+    pub(super) fn keys(&self, slot: usize, len: usize) -> Range<usize> {
+        let pooled_start = self.pooled_start(len);
+        if slot >= pooled_start {
+            let first = (slot - pooled_start) * self.pooled;
+            return first.min(len)..(first + self.pooled).min(len);
         }
-        query.saturating_sub(self.left)..query.saturating_add(self.right).saturating_add(1).min(len)
+        let listed_start = self.listed_start(len);
+        if slot < listed_start {
+            return slot.min(len)..(slot + 1).min(len);
+        }
+        match self.listed.get(slot - listed_start) {
+            Some(&key) => key as usize..key as usize + 1,
+            None => 0..0,
+        }
     }
+}
 
-    /// Largest number of keys that the queries `queries` see together, rounded up to blocks.
+/// What a query sees, in slots. All ranges are disjoint, some may be empty, one is not. Ranges of the same index should
+/// lie near those of neighbouring queries, because a tile of queries visits all that lies between the ends of theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct QueryKeys {
+    /// Visited together with the neighbours.
+    pub shared: [SlotRange; SHARED],
+    /// Visited for this query alone.
+    pub own: [SlotRange; OWN],
+}
+
+/// Slots `start..end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SlotRange {
+    /// The first slot.
+    pub start: u32,
+    /// The slot after the last one; not beyond `start` when empty.
+    pub end: u32,
+}
+
+impl SlotRange {
+    /// `start..end`.
+    ///
+    /// # Panics
+    /// If the end does not fit 32 bits.
     #[must_use]
-    pub fn reach(&self, queries: &Range<usize>, len: usize) -> usize {
-        self.segments(queries, len).iter().map(|blocks| blocks.len() * KEY_BLOCK).sum()
+    pub fn new(start: usize, end: usize) -> Self {
+        let end = u32::try_from(end.max(start)).expect("sequences are shorter than 2^32");
+        Self { start: u32::try_from(start).unwrap_or(end), end }
     }
 
-    /// Blocks of keys that the queries see: those of the globals, and those of the windows; disjoint and ascending.
-    pub(super) fn segments(&self, queries: &Range<usize>, len: usize) -> [Range<usize>; 2] {
-        let globals = self.globals.min(len).div_ceil(KEY_BLOCK);
-        let last = queries.end.saturating_sub(1);
-        let start = if queries.start < self.globals { 0 } else { self.window(queries.start, len).start };
-        // Windows end later for later queries, except that a global query's ends with the sequence.
-        let end = if queries.start < self.globals { len } else { self.window(last, len).end };
-        let start = (start / KEY_BLOCK).max(globals);
-        [0..globals, start..end.div_ceil(KEY_BLOCK).max(start)]
+    /// Whether there is no slot in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.start >= self.end
+    }
+
+    /// As a range.
+    #[must_use]
+    pub fn slots(&self) -> Range<usize> {
+        self.start as usize..(self.end as usize).max(self.start as usize)
+    }
+}
+
+impl QueryKeys {
+    /// One range.
+    #[must_use]
+    pub fn range(start: usize, end: usize) -> Self {
+        let mut keys = Self::default();
+        keys.shared[0] = SlotRange::new(start, end);
+        keys
+    }
+
+    /// All ranges.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.shared.iter().chain(&self.own).map(SlotRange::slots)
     }
 }
 
@@ -82,6 +194,9 @@ pub struct Heads {
     pub d_head: usize,
 }
 
+/// Packed heads are a multiple of this wide, so that a vector of bytes is whole on every instruction set.
+const HEAD_GRAIN: usize = 32;
+
 impl Heads {
     /// Width of all heads.
     #[must_use]
@@ -92,7 +207,7 @@ impl Heads {
     /// Width of a packed head.
     #[must_use]
     pub fn d_padded(&self) -> usize {
-        self.d_head.next_multiple_of(KEY_BLOCK)
+        self.d_head.next_multiple_of(HEAD_GRAIN)
     }
 
     /// Panels of `qkv`.
@@ -122,8 +237,19 @@ pub struct SequenceHeads<'a> {
     pub first_row: usize,
     /// Its length.
     pub len: usize,
-    /// Which keys a query sees.
-    pub band: KeyBand,
+    /// The order of its keys.
+    pub slots: KeySlots<'a>,
+}
+
+/// A block of queries.
+#[derive(Debug, Clone, Copy)]
+pub struct Queries<'a> {
+    /// Position of the first one.
+    pub first: usize,
+    /// What each sees, in order of position.
+    pub keys: &'a [QueryKeys],
+    /// Queries this far apart are computed together; 1 for neighbours.
+    pub step: usize,
 }
 
 #[cfg(test)]
@@ -131,23 +257,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn segments_cover_every_seen_key_once() {
-        for len in [1, 5, 31, 32, 33, 70, 200] {
-            for (left, right, globals) in [(0, 0, 0), (3, 5, 0), (40, 2, 1), (7, 7, 40), (usize::MAX, usize::MAX, 0)] {
-                let band = KeyBand { left, right, globals };
-                for start in 0..len {
-                    let queries = start..(start + 6).min(len);
-                    let segments = band.segments(&queries, len);
-                    assert!(segments[0].end <= segments[1].start || segments[0].is_empty());
-                    for query in queries.clone() {
-                        let window = band.window(query, len);
-                        for key in (0..len).filter(|&key| window.contains(&key) || key < globals) {
-                            let n = segments.iter().filter(|blocks| blocks.contains(&(key / KEY_BLOCK))).count();
-                            assert_eq!(n, 1, "len {len} {band:?} query {query} key {key}");
-                        }
-                    }
-                }
-            }
-        }
+    fn slots_stand_for_the_keys_of_their_part() {
+        let listed = [7, 0, 19];
+        let slots = KeySlots { natural: true, listed: &listed, pooled: 8 };
+        assert_eq!((slots.listed_start(20), slots.pooled_start(20), slots.n_slots(20)), (32, 48, 64));
+        let all: Vec<Range<usize>> = (0..64).map(|slot| slots.keys(slot, 20)).collect();
+        assert_eq!(all[..20], (0..20).map(|key| key..key + 1).collect::<Vec<_>>()[..]);
+        assert_eq!(all[32..35], [7..8, 0..1, 19..20]);
+        assert_eq!(all[48..51], [0..8, 8..16, 16..20]);
+        let n_gaps = all.iter().filter(|keys| keys.is_empty()).count();
+        assert_eq!(n_gaps, 64 - 20 - 3 - 3);
+        let listed = KeySlots { natural: false, ..slots };
+        assert_eq!((listed.listed_start(20), listed.n_slots(20), listed.keys(2, 20)), (0, 32, 19..20));
     }
 }

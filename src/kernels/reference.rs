@@ -1,6 +1,7 @@
 //! What each kernel means, in plain loops and f64: the oracle of the tests, never called to serve.
 
-use super::attention::KeyBand;
+use std::ops::Range;
+
 use super::layout::RowScale;
 use super::{Nonlinearity, Reduction};
 
@@ -99,22 +100,29 @@ pub fn reduce(kind: Reduction, rows: &[f32], n: usize) -> Vec<f64> {
         .collect()
 }
 
-/// One head: `q`, `k`, `v` are `[len, d]`; the result is `[len, d]`.
+/// One head: `q`, `k`, `v` are `[len, d]`; the result is `[len, d]`. `seen` tells what a query sees: keys, or the mean of
+/// several that weighs as much as they are.
 #[must_use]
 #[allow(clippy::cast_precision_loss, reason = "lengths of tests")]
-pub fn attend(q: &[f64], k: &[f64], v: &[f64], d: usize, band: KeyBand) -> Vec<f64> {
+pub fn attend(q: &[f64], k: &[f64], v: &[f64], d: usize, seen: impl Fn(usize) -> Vec<Range<usize>>) -> Vec<f64> {
     let len = q.len() / d;
     let mut out = vec![0.0; len * d];
+    let mean = |x: &[f64], keys: &Range<usize>, j: usize| {
+        keys.clone().map(|key| x[key * d + j]).sum::<f64>() / keys.len() as f64
+    };
     for query in 0..len {
-        let window = band.window(query, len);
-        let seen: Vec<usize> = (0..len).filter(|key| window.contains(key) || *key < band.globals).collect();
-        let score = |key: usize| (0..d).map(|j| q[query * d + j] * k[key * d + j]).sum::<f64>() / (d as f64).sqrt();
-        let highest = seen.iter().map(|&key| score(key)).fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = seen.iter().map(|&key| (score(key) - highest).exp()).collect();
+        let seen = seen(query);
+        let score = |keys: &Range<usize>| {
+            let product: f64 = (0..d).map(|j| q[query * d + j] * mean(k, keys, j)).sum();
+            product / (d as f64).sqrt() + (keys.len() as f64).ln()
+        };
+        let scores: Vec<f64> = seen.iter().map(score).collect();
+        let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - highest).exp()).collect();
         let sum: f64 = weights.iter().sum();
-        for (&key, weight) in seen.iter().zip(&weights) {
+        for (keys, weight) in seen.iter().zip(&weights) {
             for j in 0..d {
-                out[query * d + j] += weight / sum * v[key * d + j];
+                out[query * d + j] += weight / sum * mean(v, keys, j);
             }
         }
     }

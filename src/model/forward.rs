@@ -125,7 +125,7 @@ impl<O: Ops> Model<O> {
 
 /// A sequence counts as a multiple of this many tokens when groups are cut: players pack keys in blocks, so that a group
 /// of many tiny sequences would need more room than one of the same number of tokens.
-const GROUP_GRAIN: usize = 32;
+pub const GROUP_GRAIN: usize = 32;
 
 /// Cuts a batch into groups of whole sequences of at most `group_tokens` tokens, each sequence rounded up to
 /// [`GROUP_GRAIN`] (a longer sequence stands alone).

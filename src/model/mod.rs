@@ -12,10 +12,10 @@ mod error;
 mod forward;
 mod ops;
 
-pub use band::Band;
+pub use band::{Band, BandError, Seen, Shape};
 pub use batch::{Ragged, RaggedBatch};
 pub use config::{Activation, Architecture, ArchitectureSpec, Family, LayerConfig, Pooling, Positions};
 pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
-pub use forward::{Forward, ForwardMemory, Model, Outputs, Want};
+pub use forward::{Forward, ForwardMemory, GROUP_GRAIN, Model, Outputs, Want};
 pub use ops::{AttentionSpec, Build, LinearSlot, NormSlot, Ops};

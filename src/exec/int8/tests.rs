@@ -105,7 +105,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn kernel_sets() -> Vec<KernelSet> {
     Isa::all_supported()
         .into_iter()
-        .flat_map(|isa| [AttentionForm::F32, AttentionForm::Int8].map(|form| KernelSet::new(isa).with_attention(form)))
+        .flat_map(|isa| AttentionForm::ALL.map(|form| KernelSet::new(isa).with_attention(form)))
         .flatten()
         .collect()
 }
@@ -113,8 +113,12 @@ fn kernel_sets() -> Vec<KernelSet> {
 #[test]
 fn a_sequence_is_bit_identical_alone_and_in_any_batch_group_and_number_of_threads() {
     let lens = [1, 130, 16, 7, 33, 48, 300, 2, 16, 64];
-    for band in [Band::FULL, Band::symmetric(9, 1), Band { left: 40, right: 3, globals: 0 }] {
-        for d_model in [96, 100] {
+    let patterns =
+        ["full", "window=9,globals=1", "window=40:3", "dilated=4:3,sinks=2", "strided=16", "fixed=32:3", "pooled=16"];
+    for band in patterns.map(|pattern| pattern.parse().unwrap()) {
+        // A width that is not a multiple of anything need not meet every pattern.
+        let widths: &[usize] = if band == Band::FULL { &[96, 100] } else { &[96] };
+        for &d_model in widths {
             let shared = Random::new(band, d_model).model();
             for kernels in kernel_sets() {
                 let alone: Vec<Outputs> = {
@@ -237,7 +241,18 @@ fn the_workspace_is_sized_at_construction_and_grows_only_for_longer_inputs() {
     let peak = worker.memory().workspace_peak;
     assert!(peak > 256 * 96 * 4 && peak <= at_start.workspace, "{peak} of {}", at_start.workspace);
     forward(&mut worker, &[900]);
-    assert!(worker.memory().workspace > at_start.workspace);
+    let grown = worker.memory().workspace;
+    assert!(grown > at_start.workspace);
+    // Long inputs now and then keep their room; when they stay away it is given back.
+    for _ in 0..3 {
+        (0..10).for_each(|_| drop(forward(&mut worker, &[100])));
+        forward(&mut worker, &[900]);
+        assert_eq!(worker.memory().workspace, grown);
+    }
+    (0..16).for_each(|_| drop(forward(&mut worker, &[100])));
+    assert_eq!(worker.memory().workspace, at_start.workspace);
+    let (one, other) = (forward(&mut worker, &[100]), forward(&mut worker, &[900]));
+    assert_eq!(bits(&forward(&mut worker, &[100, 900]).pooled), bits(&[one.pooled, other.pooled].concat()));
 }
 
 #[test]

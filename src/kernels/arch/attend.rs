@@ -1,258 +1,348 @@
-//! Attention in f32, written once over [`Simd`] and instantiated per instruction set.
+//! Attention, written once over [`Products`] and instantiated per form and instruction set.
 //!
 //! ```text
-//! packed head:  keys   [n_blocks][d_padded][KEY_BLOCK]      values  [n_blocks · KEY_BLOCK][d_padded]
-//! a tile of Q queries:  scores [Q][keys in reach] = q · k / √d · log2 e  → minus the row's maximum → 2^x → values
+//! packed head, in dwords of GROUP codes:
+//!   steps   [2][d_padded]                                  of keys and of values, per dimension
+//!   keys    [n_slots / KEY_BLOCK][d_padded / GROUP][KEY_BLOCK]
+//!   values  [n_slots / GROUP][d_padded]
+//! a tile of Q queries:
+//!   scores [Q][slots visited] = q · k → less the row's maximum → 2^x → codes in place → Σ codes · values / Σ codes
 //! ```
+//! A key's step is folded into the query before the query is coded, so a score has one scale per row.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+mod face;
+pub(super) mod integers;
+mod pack;
+pub(super) mod products;
+pub(super) mod table;
 
 use std::ops::Range;
 
-use super::simd::{Simd, exp2};
-use crate::kernels::attention::{CacheLine, Heads, KEY_BLOCK, KeyBand};
-use crate::kernels::half::half_to_f32;
+use self::pack::{Columns, Third};
+use self::products::Products;
+use super::gemm::row_tiles;
+use super::simd::Simd;
+use crate::kernels::attention::{CacheLine, Heads, KEY_BLOCK, KeySlots, QueryKeys, SHARED, SlotRange};
 use crate::kernels::layout::PANEL;
+
+pub use self::face::Attention;
+pub(super) use self::pack::pack;
 
 /// One head of one sequence.
 #[derive(Clone, Copy)]
-pub(super) struct Head {
-    pub(super) qkv: *const u16,
-    pub(super) n_rows: usize,
-    pub(super) heads: Heads,
-    pub(super) first_row: usize,
-    pub(super) len: usize,
-    pub(super) band: KeyBand,
-    pub(super) head: usize,
+pub(super) struct Head<'a> {
+    qkv: *const u16,
+    n_rows: usize,
+    heads: Heads,
+    first_row: usize,
+    len: usize,
+    slots: KeySlots<'a>,
+    head: usize,
 }
 
-/// Queries of one head.
-pub(super) struct Attend {
-    pub(super) head: Head,
-    pub(super) queries: Range<usize>,
-    pub(super) packed: *const CacheLine,
-    pub(super) scratch: *mut f32,
-    /// Block in panels of `queries.len()` rows, all heads side by side.
-    pub(super) out: *mut f32,
+/// A block of queries of one head.
+pub(super) struct Attend<'a> {
+    head: Head<'a>,
+    first: usize,
+    keys: &'a [QueryKeys],
+    step: usize,
+    packed: *const CacheLine,
+    scratch: *mut f32,
+    /// Block in panels of `keys.len()` rows, all heads side by side.
+    out: *mut f32,
 }
 
-/// Keys that are not seen; below every score, and 2^x of it is 0.
-pub(super) const MASKED: f32 = -1e30;
+/// Slots that are not seen; below every score, and 2^x of it is 0.
+const MASKED: f32 = -1e30;
 /// Most queries of a tile.
 pub(super) const MAX_TILE: usize = 8;
+/// Integer sums over this many slots fit; longer ones are added up in f32.
+const CHUNK: usize = 256;
 
-/// Packed size of a head.
-pub(super) fn lines(len: usize, d_padded: usize) -> usize {
-    2 * len.next_multiple_of(KEY_BLOCK) * d_padded / 16
+/// Cache lines of a head of `n_slots` slots.
+pub(super) fn lines<P: Products>(n_slots: usize, d_padded: usize) -> usize {
+    (2 * d_padded + 2 * n_slots * d_padded / P::GROUP) / 16
 }
 
-/// Floats of scratch that packing or computing one tile takes.
-pub(super) fn scratch(len: usize, d_padded: usize) -> usize {
-    MAX_TILE * (d_padded + len.next_multiple_of(KEY_BLOCK))
+/// Floats of scratch that packing a head, or computing a tile that visits `width` slots, takes.
+pub(super) fn scratch(width: usize, d_padded: usize) -> usize {
+    // Packing: the inverse steps and the rows of a block of slots. A tile: its coded queries and their scores.
+    let packing = (2 + KEY_BLOCK) * d_padded;
+    packing.max(MAX_TILE * (d_padded + width))
 }
 
-/// Which third of `qkv`.
+/// Blocks of slots that the queries of a tile visit, and which queries these are.
 #[derive(Clone, Copy)]
-pub(super) enum Third {
-    Query = 0,
-    Key = 1,
-    Value = 2,
+struct Tile {
+    /// Index of the first query in the block, and distance to the next one.
+    first: usize,
+    step: usize,
+    blocks: [SlotRange; SHARED],
+    /// Slots visited together, and at most by one query for itself.
+    shared: usize,
+    own: usize,
 }
 
-/// `to[j] = factor · x[row, j]` for the head's columns, zeros up to `d_padded`.
-#[inline(always)]
-pub(super) unsafe fn read_row<S: Simd>(head: &Head, third: Third, row: usize, factor: f32, to: *mut f32) {
-    // SAFETY: the row is one of the sequence's, the columns are the head's, and `to` holds `d_padded`.
-    unsafe {
-        let d_head = head.heads.d_head;
-        let first = third as usize * head.heads.d_context() + head.head * d_head;
-        let at = |column: usize| {
-            head.qkv.add((column / PANEL * head.n_rows + head.first_row + row) * PANEL + column % PANEL)
-        };
-        let mut j = 0;
-        if first.is_multiple_of(16) {
-            let factor = S::splat(factor);
-            while j + 16 <= d_head {
-                let from = at(first + j);
-                let mut i = 0;
-                while i < 16 {
-                    S::store(to.add(j + i), S::mul(S::load_half(from.add(i)), factor));
-                    i += S::LANES;
+fn blocks(range: SlotRange) -> SlotRange {
+    if range.is_empty() {
+        return SlotRange::default();
+    }
+    SlotRange::new(range.start as usize / KEY_BLOCK, (range.end as usize).div_ceil(KEY_BLOCK))
+}
+
+fn width(ranges: &[SlotRange]) -> usize {
+    ranges.iter().map(|range| range.slots().len() * KEY_BLOCK).sum()
+}
+
+impl Tile {
+    fn new(keys: &[QueryKeys], first: usize, step: usize, n: usize) -> Self {
+        let mut tile = Self { first, step, blocks: Default::default(), shared: 0, own: 0 };
+        for query in 0..n {
+            let keys = &keys[first + query * step];
+            for (all, range) in tile.blocks.iter_mut().zip(keys.shared) {
+                let one = blocks(range);
+                if all.is_empty() {
+                    *all = one;
+                } else if !one.is_empty() {
+                    *all = SlotRange { start: all.start.min(one.start), end: all.end.max(one.end) };
                 }
-                j += 16;
             }
+            tile.own = tile.own.max(width(&keys.own.map(blocks)));
         }
-        while j < d_head {
-            *to.add(j) = half_to_f32(*at(first + j)) * factor;
-            j += 1;
-        }
-        while j < head.heads.d_padded() {
-            *to.add(j) = 0.0;
-            j += 1;
-        }
+        tile.shared = width(&tile.blocks);
+        tile
     }
 }
 
-/// Packs keys and values of one head.
+/// Scores of `Q` queries against `B · V` vectors of slots from block `block` on.
 #[inline(always)]
-pub(super) unsafe fn pack<S: Simd>(head: &Head, packed: *mut CacheLine, scratch: *mut f32) {
-    // SAFETY: `packed` holds `lines` and `scratch` holds `scratch` for this head (the façade's checks).
-    unsafe {
-        let d = head.heads.d_padded();
-        let padded = head.len.next_multiple_of(KEY_BLOCK);
-        let keys: *mut f32 = packed.cast();
-        let values = keys.add(padded * d);
-        for key in 0..padded {
-            let to = keys.add(key / KEY_BLOCK * d * KEY_BLOCK + key % KEY_BLOCK);
-            if key < head.len {
-                read_row::<S>(head, Third::Key, key, 1.0, scratch);
-                for j in 0..d {
-                    *to.add(j * KEY_BLOCK) = *scratch.add(j);
-                }
-                read_row::<S>(head, Third::Value, key, 1.0, values.add(key * d));
-            } else {
-                for j in 0..d {
-                    *to.add(j * KEY_BLOCK) = 0.0;
-                    *values.add(key * d + j) = 0.0;
-                }
-            }
-        }
-    }
-}
-
-/// Scores of `Q` queries against one block of keys.
-#[inline(always)]
-unsafe fn score_tile<S: Simd, const Q: usize, const V: usize>(
+unsafe fn score_tile<P: Products, const Q: usize, const V: usize>(
     queries: *const f32,
     keys: *const f32,
-    d: usize,
+    n_groups: usize,
     to: *mut f32,
     width: usize,
 ) {
-    // SAFETY: `queries` is `[Q, d]`, `keys` is `[d, KEY_BLOCK]` and `to` is `[Q, width]` from the tile's column on.
+    // SAFETY: `queries` is `[Q, n_groups]`, `keys` holds V · LANES / KEY_BLOCK blocks (at least one), and `to` is
+    // `[Q, width]` from the tile's column on.
     unsafe {
-        let mut sums = [[S::splat(0.0); V]; Q];
-        for j in 0..d {
-            let mut key = [S::splat(0.0); V];
-            for v in 0..V {
-                key[v] = S::load(keys.add(j * KEY_BLOCK + v * S::LANES));
+        let lanes = P::S::LANES;
+        let mut sums = [[P::zero(); V]; Q];
+        for group in 0..n_groups {
+            let mut key = [P::load(keys.add(group * KEY_BLOCK)); V];
+            for v in 1..V {
+                let (block, column) = (v * lanes / KEY_BLOCK, v * lanes % KEY_BLOCK);
+                key[v] = P::load(keys.add((block * n_groups + group) * KEY_BLOCK + column));
             }
             for q in 0..Q {
-                let query = S::splat(*queries.add(q * d + j));
+                let query = P::broadcast(queries.add(q * n_groups + group));
                 for v in 0..V {
-                    sums[q][v] = S::fma(query, key[v], sums[q][v]);
+                    sums[q][v] = P::score(sums[q][v], key[v], query);
                 }
             }
         }
         for q in 0..Q {
             for v in 0..V {
-                S::store(to.add(q * width + v * S::LANES), sums[q][v]);
+                P::S::store(to.add(q * width + v * lanes), P::to_float(sums[q][v]));
             }
         }
     }
 }
 
-/// Adds weighted values of one block of keys to `Q` sums of `KEY_BLOCK` dimensions.
+/// Scores of `Q` queries against blocks of slots; `V` vectors at a time, `B` at the end.
 #[inline(always)]
-unsafe fn value_tile<S: Simd, const Q: usize, const V: usize>(
-    sums: &mut [[S::F; V]; Q],
+unsafe fn score<P: Products, const Q: usize, const V: usize, const B: usize>(
+    queries: *const f32,
+    keys: *const f32,
+    n_groups: usize,
+    blocks: &SlotRange,
+    to: *mut f32,
+    width: usize,
+) {
+    // SAFETY: passed on; the blocks are among the packed ones and the columns inside the row.
+    unsafe {
+        let (at_once, Range { start, end }) = (V / B, blocks.slots());
+        let mut block = start;
+        while block < end {
+            let from = keys.add(block * n_groups * KEY_BLOCK);
+            let to = to.add((block - start) * KEY_BLOCK);
+            if block + at_once <= end {
+                score_tile::<P, Q, V>(queries, from, n_groups, to, width);
+                block += at_once;
+            } else {
+                score_tile::<P, Q, B>(queries, from, n_groups, to, width);
+                block += 1;
+            }
+        }
+    }
+}
+
+/// Adds weighted values of blocks of slots to `Q` sums of `V` vectors of dimensions. `weights` are rows `width` apart.
+#[inline(always)]
+unsafe fn add_values<P: Products, const Q: usize, const V: usize>(
+    sums: &mut [[<P::S as Simd>::F; V]; Q],
     weights: *const f32,
     width: usize,
     values: *const f32,
     d: usize,
+    blocks: &SlotRange,
 ) {
-    // SAFETY: `weights` is `[Q, width]` from the block's column on, `values` is `[KEY_BLOCK, d]`.
+    // SAFETY: the blocks are among the packed ones; `weights` holds their codes; V vectors are inside a row of values.
     unsafe {
-        for key in 0..KEY_BLOCK {
-            let mut value = [S::splat(0.0); V];
-            for v in 0..V {
-                value[v] = S::load(values.add(key * d + v * S::LANES));
-            }
-            for q in 0..Q {
-                let weight = S::splat(*weights.add(q * width + key));
-                for v in 0..V {
-                    sums[q][v] = S::fma(weight, value[v], sums[q][v]);
+        let Range { start, end } = blocks.slots();
+        let per_block = KEY_BLOCK / P::GROUP;
+        let mut block = start;
+        while block < end {
+            let stop = (block / (CHUNK / KEY_BLOCK) + 1) * (CHUNK / KEY_BLOCK);
+            let stop = stop.min(end);
+            let mut part = [[P::zero(); V]; Q];
+            let weights = weights.add((block - start) * per_block);
+            let from = values.add(block * per_block * d);
+            for group in 0..(stop - block) * per_block {
+                let mut value = [P::load(from.add(group * d)); V];
+                for v in 1..V {
+                    value[v] = P::load(from.add(group * d + v * P::S::LANES));
+                }
+                for q in 0..Q {
+                    let weight = P::broadcast(weights.add(q * width + group));
+                    for v in 0..V {
+                        part[q][v] = P::value(part[q][v], weight, value[v]);
+                    }
                 }
             }
+            for q in 0..Q {
+                for v in 0..V {
+                    sums[q][v] = P::S::add(sums[q][v], P::to_float(part[q][v]));
+                }
+            }
+            block = stop;
         }
     }
 }
 
-/// Sets the scores of keys that `query` does not see.
-unsafe fn mask(scores: *mut f32, segments: &[Range<usize>; 2], globals: usize, window: &Range<usize>) {
+/// Hides the slots of visited blocks that a query does not see, and adds what pooled slots have for standing for many.
+unsafe fn mask(scores: *mut f32, visited: &[SlotRange], seen: &[SlotRange], pooled: &Pooled) {
     let mut column = 0;
-    for blocks in segments {
-        let keys = blocks.start * KEY_BLOCK..blocks.end * KEY_BLOCK;
-        let before = keys.start.max(globals)..window.start.min(keys.end);
-        let after = keys.start.max(globals).max(window.end)..keys.end;
-        for hidden in [before, after] {
-            for key in hidden {
-                // SAFETY: the key is in the segment, whose columns start at `column`.
-                unsafe { *scores.add(column + key - keys.start) = MASKED };
+    for (blocks, seen) in visited.iter().zip(seen) {
+        let slots = blocks.start as usize * KEY_BLOCK..blocks.end as usize * KEY_BLOCK;
+        let seen = seen.slots();
+        let seen = if seen.is_empty() { slots.end..slots.end } else { seen };
+        // SAFETY: the slots are in the visited blocks, whose columns start at `column`.
+        unsafe {
+            for hidden in [slots.start..seen.start.min(slots.end), seen.end.max(slots.start)..slots.end] {
+                for slot in hidden {
+                    *scores.add(column + slot - slots.start) = MASKED;
+                }
+            }
+            for slot in seen.start.max(pooled.start)..seen.end {
+                *scores.add(column + slot - slots.start) +=
+                    if slot == pooled.last { pooled.rest } else { pooled.whole };
             }
         }
-        column += keys.len();
+        column += slots.len();
+    }
+}
+
+/// What is added to the scores of pooled slots, in the unit of the row's scores.
+struct Pooled {
+    start: usize,
+    last: usize,
+    whole: f32,
+    rest: f32,
+}
+
+impl Pooled {
+    #[allow(clippy::cast_precision_loss, reason = "blocks are far below 2^24")]
+    fn new(head: &Head<'_>, scale: f32) -> Self {
+        let (len, block) = (head.len, head.slots.pooled);
+        if block == 0 {
+            return Self { start: usize::MAX, last: usize::MAX, whole: 0.0, rest: 0.0 };
+        }
+        let start = head.slots.pooled_start(len);
+        let last = len.div_ceil(block) - 1;
+        let part = |n: usize| (n as f32).log2() / scale;
+        Self { start, last: start + last, whole: part(block), rest: part(len - last * block) }
     }
 }
 
 /// Scores to weights, in place; returns the weights' sum.
 #[inline(always)]
-unsafe fn soften<S: Simd, const V: usize>(scores: *mut f32, width: usize) -> f32 {
-    // SAFETY: `scores` holds `width`, a multiple of `KEY_BLOCK` = V · LANES.
+unsafe fn soften<P: Products>(scores: *mut f32, width: usize, scale: f32) -> f32 {
+    // SAFETY: `scores` holds `width`, a multiple of `KEY_BLOCK`. Codes are not wider than scores, so that none is
+    // overwritten before it was read.
     unsafe {
-        let mut highest = S::splat(MASKED);
+        let lanes = P::S::LANES;
+        let mut highest = [P::S::splat(MASKED); 2];
         let mut i = 0;
         while i < width {
-            highest = S::max(highest, S::load(scores.add(i)));
-            i += S::LANES;
-        }
-        let highest = S::splat(S::highest(highest));
-        // exp2 never goes below 2^−100; taking that off makes a hidden key's weight exactly 0.
-        let floor = S::splat(f32::from_bits((127 - 100) << 23));
-        let mut sums = [S::splat(0.0); V];
-        let mut i = 0;
-        while i < width {
-            for v in 0..V {
-                let at = scores.add(i + v * S::LANES);
-                let weight = S::sub(exp2::<S>(S::sub(S::load(at), highest)), floor);
-                S::store(at, weight);
-                sums[v] = S::add(sums[v], weight);
+            for v in 0..KEY_BLOCK / lanes {
+                highest[v % 2] = P::S::max(highest[v % 2], P::S::load(scores.add(i + v * lanes)));
             }
             i += KEY_BLOCK;
         }
-        let mut sum = sums[0];
-        for v in 1..V {
-            sum = S::add(sum, sums[v]);
+        let highest = P::S::splat(P::S::highest(P::S::max(highest[0], highest[1])));
+        let scale = P::S::splat(scale);
+        // Which sum a weight is added to depends on its slot alone.
+        let mut totals = [P::no_weight(); 2];
+        let mut i = 0;
+        while i < width {
+            for v in 0..KEY_BLOCK / lanes {
+                let below = P::S::sub(P::S::load(scores.add(i + v * lanes)), highest);
+                totals[v % 2] = P::weigh(scores, i + v * lanes, below, scale, totals[v % 2]);
+            }
+            i += KEY_BLOCK;
         }
-        S::sum(sum)
+        P::total(P::add_totals(totals[0], totals[1]))
+    }
+}
+
+/// Codes the query at `position`; returns what a score is multiplied with to become an exponent of 2.
+#[inline(always)]
+unsafe fn code_query<P: Products>(columns: &Columns<'_>, position: usize, steps: *const f32, to: *mut f32) -> f32 {
+    // SAFETY: `to` holds a coded row, `steps` one per dimension.
+    unsafe {
+        let heads = columns.head.heads;
+        #[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]
+        let unit = std::f32::consts::LOG2_E / (heads.d_head as f32).sqrt();
+        let d = heads.d_padded();
+        let lanes = P::S::LANES;
+        if P::GROUP == 1 {
+            let factor = P::S::splat(unit);
+            for j in (0..d).step_by(lanes) {
+                P::store_query(to, j, P::S::mul(columns.read::<P::S>(position, j), factor));
+            }
+            return 1.0;
+        }
+        let mut largest = P::S::splat(f32::MIN_POSITIVE * 1e6);
+        for j in (0..d).step_by(lanes) {
+            let x = P::S::mul(columns.read::<P::S>(position, j), P::S::load(steps.add(j)));
+            largest = P::S::max(largest, P::S::max(x, P::S::sub(P::S::splat(0.0), x)));
+        }
+        let largest = P::S::highest(largest);
+        let inverse = P::S::splat(P::LARGEST / largest);
+        for j in (0..d).step_by(lanes) {
+            let x = P::S::mul(columns.read::<P::S>(position, j), P::S::load(steps.add(j)));
+            P::store_query(to, j, P::S::mul(x, inverse));
+        }
+        largest / P::LARGEST * unit
     }
 }
 
 /// Writes `factor · from[j]` to the head's columns of `row`.
 #[inline(always)]
-pub(super) unsafe fn write_row<S: Simd>(
-    args: &Attend,
-    row: usize,
-    first: usize,
-    values: *const f32,
-    n: usize,
-    factor: f32,
-) {
+unsafe fn write_row<S: Simd>(args: &Attend<'_>, row: usize, first: usize, values: *const f32, n: usize, factor: f32) {
     // SAFETY: `first + n` columns of `row` belong to the output block.
     unsafe {
-        let n_rows = args.queries.len();
+        let n_rows = args.keys.len();
         let column = args.head.head * args.head.heads.d_head + first;
         let at = |column: usize| args.out.add((column / PANEL * n_rows + row) * PANEL + column % PANEL);
         let mut j = 0;
         if column.is_multiple_of(16) {
             let factor = S::splat(factor);
-            while j + 16 <= n {
-                let to = at(column + j);
-                let mut i = 0;
-                while i < 16 {
-                    S::store(to.add(i), S::mul(S::load(values.add(j + i)), factor));
-                    i += S::LANES;
-                }
-                j += 16;
+            while j + S::LANES <= n {
+                S::store(at(column + j), S::mul(S::load(values.add(j)), factor));
+                j += S::LANES;
             }
         }
         while j < n {
@@ -262,63 +352,104 @@ pub(super) unsafe fn write_row<S: Simd>(
     }
 }
 
-/// `out[q] = Σ_k softmax_k(q · k / √d) v[k]` for the keys in each query's band.
-///
-/// *Error*: relative to the largest |v|, 2e-6 for up to a few thousand keys.
+/// One tile of `Q` queries.
 #[inline(always)]
-pub(super) unsafe fn attend<S: Simd, const Q: usize, const V: usize>(args: &Attend) {
-    debug_assert!(V * S::LANES == KEY_BLOCK && Q <= MAX_TILE);
+unsafe fn tile<P: Products, const Q: usize, const V: usize, const B: usize>(args: &Attend<'_>, tile: &Tile) {
     // SAFETY: `packed` was filled by `pack` for the same head; `scratch` and `out` have the sizes of the façade.
     unsafe {
-        let Head { heads, len, band, .. } = args.head;
-        let d = heads.d_padded();
-        let keys: *const f32 = args.packed.cast();
-        let values = keys.add(len.next_multiple_of(KEY_BLOCK) * d);
+        let head = &args.head;
+        let d = head.heads.d_padded();
+        let n_groups = d / P::GROUP;
+        let step: *const f32 = args.packed.cast();
+        let keys = step.add(2 * d);
+        let values = keys.add(head.slots.n_slots(head.len) * n_groups);
         let queries = args.scratch;
-        let scores = args.scratch.add(MAX_TILE * d);
-        #[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]
-        let scale = std::f32::consts::LOG2_E / (heads.d_head as f32).sqrt();
-        let mut first = args.queries.start;
-        while first < args.queries.end {
-            let tile = first..(first + Q).min(args.queries.end);
-            for q in 0..Q {
-                // A short last tile computes its last query several times.
-                read_row::<S>(&args.head, Third::Query, (first + q).min(tile.end - 1), scale, queries.add(q * d));
+        let scores = queries.add(MAX_TILE * d);
+        let width = tile.shared + tile.own;
+        let columns = Columns::new(head, Third::Query);
+        let index = |q: usize| tile.first + q * tile.step;
+        let mut scale = [1.0f32; Q];
+        for q in 0..Q {
+            scale[q] = code_query::<P>(&columns, args.first + index(q), step, queries.add(q * n_groups));
+        }
+        let mut column = 0;
+        for blocks in &tile.blocks {
+            score::<P, Q, V, B>(queries, keys, n_groups, blocks, scores.add(column), width);
+            column += blocks.slots().len() * KEY_BLOCK;
+        }
+        let mut inverse = [0.0f32; Q];
+        for q in 0..Q {
+            let row = scores.add(q * width);
+            let seen = &args.keys[index(q)];
+            let pooled = Pooled::new(head, scale[q]);
+            let own = seen.own.map(blocks);
+            let mut column = tile.shared;
+            for blocks in &own {
+                score::<P, 1, V, B>(queries.add(q * n_groups), keys, n_groups, blocks, row.add(column), width);
+                column += blocks.slots().len() * KEY_BLOCK;
             }
-            let segments = band.segments(&tile, len);
-            let width = segments.iter().map(|blocks| blocks.len() * KEY_BLOCK).sum();
+            mask(row, &tile.blocks, &seen.shared, &pooled);
+            mask(row.add(tile.shared), &own, &seen.own, &pooled);
+            inverse[q] = 1.0 / soften::<P>(row, column, scale[q]);
+        }
+        let part = V * P::S::LANES;
+        for first in (0..d).step_by(part) {
+            let mut sums = [[P::S::splat(0.0); V]; Q];
+            let values = values.add(first);
             let mut column = 0;
-            for block in segments.iter().cloned().flatten() {
-                score_tile::<S, Q, V>(queries, keys.add(block * d * KEY_BLOCK), d, scores.add(column), width);
-                column += KEY_BLOCK;
+            for blocks in &tile.blocks {
+                add_values::<P, Q, V>(&mut sums, scores.add(column), width, values, d, blocks);
+                column += blocks.slots().len() * KEY_BLOCK / P::GROUP;
             }
-            let mut inverse = [0.0f32; Q];
             for q in 0..Q {
-                let row = scores.add(q * width);
-                let query = (first + q).min(tile.end - 1);
-                mask(row, &segments, band.globals.min(len), &band.window(query, len));
-                inverse[q] = 1.0 / soften::<S, V>(row, width);
-            }
-            let mut part = 0;
-            while part < d {
-                let mut sums = [[S::splat(0.0); V]; Q];
-                let mut column = 0;
-                for block in segments.iter().cloned().flatten() {
-                    let from = values.add(block * KEY_BLOCK * d + part);
-                    value_tile::<S, Q, V>(&mut sums, scores.add(column), width, from, d);
-                    column += KEY_BLOCK;
-                }
-                let n = KEY_BLOCK.min(heads.d_head.saturating_sub(part));
-                for q in 0..tile.len() {
-                    let mut result = [0.0f32; KEY_BLOCK];
-                    for v in 0..V {
-                        S::store(result.as_mut_ptr().add(v * S::LANES), sums[q][v]);
+                if tile.own > 0 {
+                    let mut column = tile.shared / P::GROUP;
+                    let mut own = [sums[q]];
+                    for blocks in &args.keys[index(q)].own.map(blocks) {
+                        let weights = scores.add(q * width + column);
+                        add_values::<P, 1, V>(&mut own, weights, width, values, d, blocks);
+                        column += blocks.slots().len() * KEY_BLOCK / P::GROUP;
                     }
-                    write_row::<S>(args, first + q - args.queries.start, part, result.as_ptr(), n, inverse[q]);
+                    [sums[q]] = own;
                 }
-                part += KEY_BLOCK;
+                let mut result = [0.0f32; 64];
+                for v in 0..V {
+                    let mut x = sums[q][v];
+                    if P::GROUP > 1 {
+                        x = P::S::mul(x, P::S::load(step.add(d + first + v * P::S::LANES)));
+                    }
+                    P::S::store(result.as_mut_ptr().add(v * P::S::LANES), x);
+                }
+                let n = part.min(head.heads.d_head.saturating_sub(first));
+                write_row::<P::S>(args, index(q), first, result.as_ptr(), n, inverse[q]);
             }
-            first += Q;
+        }
+    }
+}
+
+/// `out[q] = Σ_k softmax_k(q · k / √d) v[k]` for the keys that each query sees; tiles of at most `Q` queries by `V`
+/// vectors, of which `B` make a block of slots. *Error*: as [`crate::kernels::AttentionForm`] states.
+#[inline(always)]
+pub(super) unsafe fn attend<P: Products, const Q: usize, const V: usize, const B: usize>(args: &Attend<'_>) {
+    const { assert!(Q <= MAX_TILE && B * P::S::LANES == KEY_BLOCK && V / B * B == V && V * P::S::LANES <= 64) };
+    let n = args.keys.len();
+    for first in 0..args.step.min(n) {
+        for (start, size) in row_tiles((n - first).div_ceil(args.step), Q) {
+            let at = Tile::new(args.keys, first + start * args.step, args.step, size);
+            // SAFETY: passed on; the tile's queries are in the block.
+            unsafe {
+                match size {
+                    1 => tile::<P, 1, V, B>(args, &at),
+                    2 if Q >= 2 => tile::<P, 2, V, B>(args, &at),
+                    3 if Q >= 3 => tile::<P, 3, V, B>(args, &at),
+                    4 if Q >= 4 => tile::<P, 4, V, B>(args, &at),
+                    5 if Q >= 5 => tile::<P, 5, V, B>(args, &at),
+                    6 if Q >= 6 => tile::<P, 6, V, B>(args, &at),
+                    7 if Q >= 7 => tile::<P, 7, V, B>(args, &at),
+                    8 if Q >= 8 => tile::<P, 8, V, B>(args, &at),
+                    _ => {}
+                }
+            }
         }
     }
 }

@@ -72,8 +72,12 @@ unsafe impl Simd for Avx2 {
 pub(super) mod exact {
     use std::mem::MaybeUninit;
 
+    use super::super::attend::integers::Exact;
+    use super::super::attend::products::{Bytes, F32, Words};
+    use super::super::attend::table::{Forms, attention};
     use super::super::table::kernel_table;
     use super::*;
+    use crate::kernels::AttentionForm;
 
     /// Groups of k that one vector of codes holds; widened codes come in runs of this many even, then odd pairs.
     const RUN: usize = 8;
@@ -182,14 +186,26 @@ pub(super) mod exact {
 
     kernel_table! {
         #[target_feature(enable = "avx2,fma,f16c")]
-        "gemm_u8i8_avx2", gemm, Avx2, 2, 4, None
+        "gemm_u8i8_avx2", gemm, Avx2,
+        Forms {
+            preferred: &[AttentionForm::F32],
+            tables: &[
+                attention!(#[target_feature(enable = "avx2,fma,f16c")] F32<Avx2>, 6, 2, 2),
+                attention!(#[target_feature(enable = "avx2,fma,f16c")] Words<Avx2, Exact>, 6, 2, 2),
+                attention!(#[target_feature(enable = "avx2,fma,f16c")] Bytes<Avx2, Exact>, 4, 2, 2),
+            ],
+        }
     }
 }
 
 /// With the VEX-encoded `vpdpbusd`.
 pub(super) mod vnni {
+    use super::super::attend::integers::Vnni;
+    use super::super::attend::products::{Bytes, F32, Words};
+    use super::super::attend::table::{Forms, attention};
     use super::super::table::kernel_table;
     use super::*;
+    use crate::kernels::AttentionForm;
 
     /// `R` rows by 16 columns.
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
@@ -240,6 +256,14 @@ pub(super) mod vnni {
 
     kernel_table! {
         #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-        "gemm_u8i8_avx_vnni", gemm, Avx2, 2, 4, None
+        "gemm_u8i8_avx_vnni", gemm, Avx2,
+        Forms {
+            preferred: &[AttentionForm::Int8, AttentionForm::Int16],
+            tables: &[
+                attention!(#[target_feature(enable = "avx2,fma,f16c,avxvnni")] F32<Avx2>, 6, 2, 2),
+                attention!(#[target_feature(enable = "avx2,fma,f16c,avxvnni")] Words<Avx2, Vnni>, 6, 2, 2),
+                attention!(#[target_feature(enable = "avx2,fma,f16c,avxvnni")] Bytes<Avx2, Vnni>, 6, 2, 2),
+            ],
+        }
     }
 }

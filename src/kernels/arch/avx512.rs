@@ -3,9 +3,13 @@
 
 use std::arch::x86_64::*;
 
+use super::attend::integers::Vnni;
+use super::attend::products::{Bytes, F32, Words};
+use super::attend::table::{Forms, attention};
 use super::gemm::{Gemm, Sink, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
+use crate::kernels::AttentionForm;
 
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
@@ -112,5 +116,13 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
 
 kernel_table! {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-    "gemm_u8i8_avx512_vnni", gemm, Avx512, 8, 2, None
+    "gemm_u8i8_avx512_vnni", gemm, Avx512,
+    Forms {
+        preferred: &[AttentionForm::Int8, AttentionForm::Int16],
+        tables: &[
+            attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] F32<Avx512>, 8, 2, 1),
+            attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Words<Avx512, Vnni>, 8, 2, 1),
+            attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Bytes<Avx512, Vnni>, 8, 2, 1),
+        ],
+    }
 }

@@ -27,12 +27,12 @@ mod portable;
 
 use std::ops::Range;
 
-use self::attend::{Attend, Head};
+pub use self::attend::Attention;
 use self::gemm::Gemm;
 use self::products::{Forms, forms};
 use self::rows::{AddNorm, Quantize};
-use self::table::{AttentionTable, Table};
-use super::attention::{AttentionForm, CacheLine, Heads, SequenceHeads};
+use self::table::Table;
+use super::attention::{AttentionForm, Heads};
 use super::isa::{Isa, IsaName};
 use super::layout::{CodeRows, PANEL, PackedLinear, RowScale};
 use super::{Nonlinearity, Reduction};
@@ -43,12 +43,13 @@ pub struct KernelSet {
     isa: Isa,
     table: &'static Table,
     forms: &'static Forms,
-    attention: AttentionTable,
+    /// The only form to use, where one was asked for.
+    attention: Option<AttentionForm>,
 }
 
 impl std::fmt::Debug for KernelSet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("KernelSet").field("isa", &self.isa).field("attention", &self.attention.form).finish()
+        f.debug_struct("KernelSet").field("isa", &self.isa).field("attention", &self.attention).finish()
     }
 }
 
@@ -115,20 +116,16 @@ fn table(isa: Isa) -> &'static Table {
 }
 
 impl KernelSet {
-    /// The kernels of `isa`, with INT8 attention where there is one.
+    /// The kernels of `isa`.
     #[must_use]
     pub fn new(isa: Isa) -> Self {
-        let table = table(isa);
-        Self { isa, table, forms: forms(isa.name()), attention: table.int8_attention.unwrap_or(table.attention) }
+        Self { isa, table: table(isa), forms: forms(isa.name()), attention: None }
     }
 
-    /// The same with attention in `form`; `None` if the instruction set has no such kernel.
+    /// The same with attention in `form` for every length; `None` if the instruction set has no such kernel.
     #[must_use]
     pub fn with_attention(self, form: AttentionForm) -> Option<Self> {
-        match form {
-            AttentionForm::F32 => Some(Self { attention: self.table.attention, ..self }),
-            AttentionForm::Int8 => self.table.int8_attention.map(|attention| Self { attention, ..self }),
-        }
+        self.attention_in(form).map(|_| Self { attention: Some(form), ..self })
     }
 
     /// The instruction set.
@@ -143,10 +140,33 @@ impl KernelSet {
         self.table.name
     }
 
-    /// The arithmetic of attention.
+    /// Attention in `form`, if the instruction set has it.
+    fn attention_in(&self, form: AttentionForm) -> Option<Attention> {
+        let table = self.table.attention.tables.iter().find(|table| table.form == form)?;
+        Some(Attention::new(self.isa, table))
+    }
+
+    /// Forms of attention that are used for `heads`, best first, with the most keys of a query that each is used for.
+    pub fn attention_forms(&self, heads: Heads) -> impl Iterator<Item = (Attention, usize)> + '_ {
+        // A form that was asked for is the only one, but for heads that it cannot compute.
+        let asked = self.attention.map(|form| (form, usize::MAX)).into_iter();
+        let preferred = self.table.attention.preferred.iter().map(|&form| (form, form.max_keys()));
+        let preferred = preferred.filter(move |_| self.attention.is_none());
+        asked
+            .chain(preferred)
+            .chain([(AttentionForm::F32, usize::MAX)])
+            .filter(move |(form, _)| heads.d_head <= form.max_d_head())
+            .filter_map(move |(form, max_keys)| Some((self.attention_in(form)?, max_keys)))
+    }
+
+    /// Attention for a sequence in which a query sees up to `n_keys` keys.
+    ///
+    /// # Panics
+    /// Never: every instruction set has attention in f32.
     #[must_use]
-    pub fn attention_form(&self) -> AttentionForm {
-        self.attention.form
+    pub fn attention(&self, heads: Heads, n_keys: usize) -> Attention {
+        let chosen = self.attention_forms(heads).find(|&(_, max_keys)| n_keys <= max_keys);
+        chosen.expect("every instruction set has attention in f32").0
     }
 
     fn gemm<T>(kernel: unsafe fn(&Gemm<T>), x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [T]) {
@@ -291,69 +311,5 @@ impl KernelSet {
         assert!(n > 0 && !rows.is_empty() && rows.len().is_multiple_of(n), "{} by {n}", rows.len());
         // SAFETY: `Isa` proves the instruction set; `rows` holds at least one row of `n`.
         unsafe { (self.table.reduce)(kind, rows.as_ptr(), rows.len() / n, n, out.as_mut_ptr()) }
-    }
-
-    /// Cache lines of one packed head of a sequence of `len` tokens.
-    #[must_use]
-    pub fn packed_lines(&self, heads: Heads, len: usize) -> usize {
-        (self.attention.lines)(len, heads.d_padded())
-    }
-
-    /// Floats of scratch for packing or computing a sequence of `len` tokens.
-    #[must_use]
-    pub fn attention_scratch(&self, heads: Heads, len: usize) -> usize {
-        (self.attention.scratch)(len, heads.d_padded())
-    }
-
-    fn head(&self, sequence: &SequenceHeads<'_>, head: usize, scratch: &[f32]) -> Head {
-        let SequenceHeads { qkv, heads, first_row, len, band } = *sequence;
-        assert!(head < heads.n_heads && heads.d_head > 0 && len > 0, "head {head} of {heads:?}, {len} tokens");
-        assert!(first_row + len <= qkv.n_rows && qkv.data.len() >= heads.qkv_panels() * qkv.n_rows * PANEL);
-        assert!(scratch.len() >= self.attention_scratch(heads, len), "{} floats of scratch", scratch.len());
-        Head { qkv: qkv.data.as_ptr(), n_rows: qkv.n_rows, heads, first_row, len, band, head }
-    }
-
-    /// Packs keys and values of head `head` of a sequence into `packed` (`packed_lines` of them).
-    ///
-    /// # Panics
-    /// If the sizes do not fit.
-    pub fn pack_head(&self, sequence: &SequenceHeads<'_>, head: usize, packed: &mut [CacheLine], scratch: &mut [f32]) {
-        let args = self.head(sequence, head, scratch);
-        assert_eq!(packed.len(), self.packed_lines(sequence.heads, sequence.len));
-        // SAFETY: `Isa` proves the instruction set; sizes are checked above and in `head`.
-        unsafe { (self.attention.pack)(&args, packed.as_mut_ptr(), scratch.as_mut_ptr()) }
-    }
-
-    /// Attention of queries `queries` of all heads over the packed heads; `out` is a block of `queries.len()` rows.
-    ///
-    /// # Panics
-    /// If the sizes do not fit.
-    pub fn attend(
-        &self,
-        sequence: &SequenceHeads<'_>,
-        queries: Range<usize>,
-        packed: &[CacheLine],
-        scratch: &mut [f32],
-        out: &mut [f32],
-    ) {
-        let heads = sequence.heads;
-        let lines = self.packed_lines(heads, sequence.len);
-        assert!(queries.start <= queries.end && queries.end <= sequence.len, "{queries:?} of {}", sequence.len);
-        assert_eq!(packed.len(), lines * heads.n_heads);
-        assert!(out.len() >= heads.d_context().div_ceil(PANEL) * queries.len() * PANEL, "{} results", out.len());
-        if queries.is_empty() {
-            return;
-        }
-        for head in 0..heads.n_heads {
-            let args = Attend {
-                head: self.head(sequence, head, scratch),
-                queries: queries.clone(),
-                packed: packed[head * lines..].as_ptr(),
-                scratch: scratch.as_mut_ptr(),
-                out: out.as_mut_ptr(),
-            };
-            // SAFETY: `Isa` proves the instruction set; sizes are checked above and in `head`.
-            unsafe { (self.attention.attend)(&args) }
-        }
     }
 }

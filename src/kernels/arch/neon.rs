@@ -6,9 +6,12 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use super::attend::products::F32;
+use super::attend::table::{Forms, attention};
 use super::gemm::{Gemm, Sink, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
+use crate::kernels::AttentionForm;
 
 /// Four lanes.
 #[derive(Clone, Copy)]
@@ -136,5 +139,11 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
 
 kernel_table! {
     #[target_feature(enable = "neon,dotprod")]
-    "gemm_u8i8_neon_dotprod", gemm, Neon, 2, 8, None
+    "gemm_u8i8_neon_dotprod", gemm, Neon,
+    Forms {
+        preferred: &[AttentionForm::F32],
+        tables: &[
+            attention!(#[target_feature(enable = "neon,dotprod")] F32<Neon>, 4, 4, 4),
+        ],
+    }
 }

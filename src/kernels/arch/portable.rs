@@ -1,9 +1,13 @@
 //! Plain Rust, for machines without any of the other instruction sets. Written so that compilers vectorise it.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into their instantiations")]
 
+use super::attend::integers::Plain;
+use super::attend::products::{Bytes, F32, Words};
+use super::attend::table::{Forms, attention};
 use super::gemm::{Gemm, Sink};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
+use crate::kernels::AttentionForm;
 use crate::kernels::half::{f32_to_half, half_to_f32};
 use crate::kernels::layout::PANEL;
 
@@ -89,5 +93,13 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
 
 kernel_table! {
     #[inline(never)]
-    "gemm_u8i8_portable", gemm, Portable, 2, 8, None
+    "gemm_u8i8_portable", gemm, Portable,
+    Forms {
+        preferred: &[AttentionForm::F32],
+        tables: &[
+            attention!(#[inline(never)] F32<Portable>, 2, 4, 4),
+            attention!(#[inline(never)] Words<Portable, Plain>, 2, 4, 4),
+            attention!(#[inline(never)] Bytes<Portable, Plain>, 2, 4, 4),
+        ],
+    }
 }

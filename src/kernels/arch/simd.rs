@@ -87,25 +87,46 @@ pub(super) unsafe fn store_some_u8<S: Simd>(to: *mut u8, n: usize, x: S::I) {
     }
 }
 
-/// `2^x` for `x ≤ 0`, 0 below about −100 being cut to `2^−100`.
+/// `2^x` for x below 127, 0 below about −100 being cut to `2^−100`.
 ///
 /// ```text
-/// n = round(x), f = x − n ∈ [−½, ½]:   2^x = 2^n · P(f), P of degree 6
+/// n = round(x), f = x − n ∈ [−½, ½]:   2^x = 2^n · P(f), P of degree 5
 /// ```
-/// *Error*: relative 2e-7. *Source*: coefficients of Cephes `exp2f` (Moshier). The cut keeps products with the result
-/// out of the denormal range, which costs a factor of 4 in banded attention.
+/// *Error*: relative 2e-7. *Source*: minimax fit of `P(f) / 2^f` with P(0) = 1, so that powers of
+/// two are exact (error of the fit 9e-8). The cut keeps products with
+/// the result out of the denormal range, which costs a factor of 4 in banded attention.
 ///
 /// # Safety
 /// As for [`Simd`].
 #[inline(always)]
 pub(super) unsafe fn exp2<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: passed on.
+    unsafe {
+        // The fit's slope lies this far below ln 2.
+        let slope = std::f32::consts::LN_2 - 1.8e-7;
+        exp2_by::<S, 6>(x, [1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, slope, 1.0])
+    }
+}
+
+/// The same where the result is rounded to 12 bits or fewer. *Error*: relative 3e-6.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn exp2_coarse<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: passed on.
+    unsafe { exp2_by::<S, 5>(x, [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 0.999_999_3]) }
+}
+
+#[inline(always)]
+unsafe fn exp2_by<S: Simd, const N: usize>(x: S::F, coefficients: [f32; N]) -> S::F {
     // SAFETY: the instruction set is present by contract.
     unsafe {
         let x = S::max(x, S::splat(-100.0));
         let n = S::round(x);
         let f = S::sub(x, S::to_float(n));
-        let mut p = S::splat(1.535_336_2e-4);
-        for coefficient in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+        let mut p = S::splat(coefficients[0]);
+        for &coefficient in &coefficients[1..] {
             p = S::fma(p, f, S::splat(coefficient));
         }
         S::mul(p, S::power_of_two(n))

@@ -1,9 +1,8 @@
 //! One function pointer per kernel, and the macros that instantiate the generic bodies for an instruction set.
 
-use super::attend::{Attend, Head};
+use super::attend::table::Forms;
 use super::gemm::Gemm;
 use super::rows::{AddNorm, Quantize};
-use crate::kernels::attention::{AttentionForm, CacheLine};
 use crate::kernels::{Nonlinearity, Reduction};
 
 /// The kernels of an instruction set. Each is `unsafe`, because it needs the instruction set and valid pointers.
@@ -17,20 +16,7 @@ pub(super) struct Table {
     pub(super) add_norm: unsafe fn(&AddNorm),
     pub(super) add_codes: unsafe fn(*mut f32, *const i8, f32, usize),
     pub(super) reduce: unsafe fn(Reduction, *const f32, usize, usize, *mut f32),
-    pub(super) attention: AttentionTable,
-    pub(super) int8_attention: Option<AttentionTable>,
-}
-
-/// Attention in one form.
-#[derive(Clone, Copy)]
-pub(super) struct AttentionTable {
-    pub(super) form: AttentionForm,
-    /// Cache lines of a packed head, by length and padded width.
-    pub(super) lines: fn(usize, usize) -> usize,
-    /// Floats of scratch, by length and padded width.
-    pub(super) scratch: fn(usize, usize) -> usize,
-    pub(super) pack: unsafe fn(&Head, *mut CacheLine, *mut f32),
-    pub(super) attend: unsafe fn(&Attend),
+    pub(super) attention: Forms,
 }
 
 /// Trait functions that are one expression each.
@@ -46,15 +32,13 @@ macro_rules! one {
 }
 pub(super) use one;
 
-/// `static TABLE` with the bodies of `rows.rs` and `attend.rs` instantiated under the given target features: name, matrix
-/// product, vectors, queries of an attention tile, vectors of a block of keys, INT8 attention.
+/// `static TABLE` with the bodies of `rows.rs` instantiated under the given target features: name, matrix product,
+/// vectors, forms of attention.
 macro_rules! kernel_table {
-    (#[$features:meta] $name:literal, $gemm:ident, $simd:ident, $queries:literal, $vectors:literal, $int8:expr) => {
+    (#[$features:meta] $name:literal, $gemm:ident, $simd:ident, $attention:expr) => {
         pub(in crate::kernels::arch) static TABLE: $crate::kernels::arch::table::Table = {
-            use $crate::kernels::arch::attend::{self, Attend, Head};
             use $crate::kernels::arch::rows::{self, AddNorm, Quantize};
-            use $crate::kernels::arch::table::{AttentionTable, Table};
-            use $crate::kernels::attention::{AttentionForm, CacheLine};
+            use $crate::kernels::arch::table::Table;
             use $crate::kernels::{Nonlinearity, Reduction};
 
             #[$features]
@@ -82,16 +66,6 @@ macro_rules! kernel_table {
                 // SAFETY: passed on unchanged.
                 unsafe { rows::reduce::<$simd>(kind, from, n_rows, n, out) }
             }
-            #[$features]
-            unsafe fn pack(head: &Head, packed: *mut CacheLine, scratch: *mut f32) {
-                // SAFETY: passed on unchanged.
-                unsafe { attend::pack::<$simd>(head, packed, scratch) }
-            }
-            #[$features]
-            unsafe fn attend(args: &Attend) {
-                // SAFETY: passed on unchanged.
-                unsafe { attend::attend::<$simd, $queries, $vectors>(args) }
-            }
             Table {
                 name: $name,
                 gemm_i32: $gemm::<i32>,
@@ -102,14 +76,7 @@ macro_rules! kernel_table {
                 add_norm,
                 add_codes,
                 reduce,
-                attention: AttentionTable {
-                    form: AttentionForm::F32,
-                    lines: attend::lines,
-                    scratch: attend::scratch,
-                    pack,
-                    attend,
-                },
-                int8_attention: $int8,
+                attention: $attention,
             }
         };
     };

@@ -1,0 +1,120 @@
+//! The safe face of attention: lengths are checked here once.
+
+use super::table::AttentionTable;
+use super::{Attend, Head, QueryKeys, Tile};
+use crate::kernels::attention::{AttentionForm, CacheLine, Heads, KeySlots, Queries, SequenceHeads, SlotRange};
+use crate::kernels::isa::Isa;
+use crate::kernels::layout::PANEL;
+
+/// Attention of one instruction set in one form.
+#[derive(Clone, Copy)]
+pub struct Attention {
+    isa: Isa,
+    table: &'static AttentionTable,
+}
+
+impl std::fmt::Debug for Attention {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attention").field("isa", &self.isa).field("form", &self.table.form).finish()
+    }
+}
+
+impl Attention {
+    pub(in crate::kernels::arch) fn new(isa: Isa, table: &'static AttentionTable) -> Self {
+        Self { isa, table }
+    }
+
+    /// Its arithmetic.
+    #[must_use]
+    pub fn form(&self) -> AttentionForm {
+        self.table.form
+    }
+
+    /// Cache lines of one packed head of a sequence of `len` tokens.
+    #[must_use]
+    pub fn packed_lines(&self, heads: Heads, slots: &KeySlots<'_>, len: usize) -> usize {
+        self.lines_of_slots(heads, slots.n_slots(len))
+    }
+
+    /// Cache lines of one packed head of `n_slots` slots.
+    #[must_use]
+    pub fn lines_of_slots(&self, heads: Heads, n_slots: usize) -> usize {
+        (self.table.lines)(n_slots, heads.d_padded())
+    }
+
+    /// Floats of scratch for packing, and for computing a block of queries that visits up to `width` slots.
+    #[must_use]
+    pub fn scratch_of_width(&self, heads: Heads, width: usize) -> usize {
+        (self.table.scratch)(width, heads.d_padded())
+    }
+
+    /// Floats of scratch for computing a block of queries.
+    #[must_use]
+    pub fn scratch(&self, heads: Heads, queries: &[QueryKeys]) -> usize {
+        // A tile visits no more than all queries of the block together would.
+        let whole = Tile::new(queries, 0, 1, queries.len());
+        self.scratch_of_width(heads, whole.shared + whole.own)
+    }
+
+    fn head<'a>(&self, sequence: &SequenceHeads<'a>, head: usize) -> Head<'a> {
+        let SequenceHeads { qkv, heads, first_row, len, slots } = *sequence;
+        assert!(head < heads.n_heads && heads.d_head > 0 && len > 0, "head {head} of {heads:?}, {len} tokens");
+        assert!(heads.d_head <= self.form().max_d_head(), "{heads:?} in {:?}", self.form());
+        assert!(first_row + len <= qkv.n_rows && qkv.data.len() >= heads.qkv_panels() * qkv.n_rows * PANEL);
+        Head { qkv: qkv.data.as_ptr(), n_rows: qkv.n_rows, heads, first_row, len, slots, head }
+    }
+
+    /// Packs keys and values of head `head` of a sequence into `packed` (`packed_lines` of them).
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn pack_head(&self, sequence: &SequenceHeads<'_>, head: usize, packed: &mut [CacheLine], scratch: &mut [f32]) {
+        let args = self.head(sequence, head);
+        let slots = &sequence.slots;
+        assert!(slots.listed.iter().all(|&key| (key as usize) < sequence.len), "a listed key is not in the sequence");
+        assert_eq!(packed.len(), self.packed_lines(sequence.heads, slots, sequence.len));
+        assert!(scratch.len() >= self.scratch_of_width(sequence.heads, 0), "{} floats of scratch", scratch.len());
+        // SAFETY: `Isa` proves the instruction set; sizes are checked above and in `head`.
+        unsafe { (self.table.pack)(&args, packed.as_mut_ptr(), scratch.as_mut_ptr()) }
+    }
+
+    /// Attention of a block of queries of all heads over the packed heads; `out` is a block of as many rows.
+    ///
+    /// # Panics
+    /// If the sizes do not fit, or a query sees a slot that there is not.
+    pub fn attend(
+        &self,
+        sequence: &SequenceHeads<'_>,
+        queries: Queries<'_>,
+        packed: &[CacheLine],
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let (heads, n) = (sequence.heads, queries.keys.len());
+        if n == 0 {
+            return;
+        }
+        let n_slots = sequence.slots.n_slots(sequence.len);
+        let lines = self.lines_of_slots(heads, n_slots);
+        assert!(queries.first + n <= sequence.len && queries.step > 0, "{n} from {}", queries.first);
+        assert_eq!(packed.len(), lines * heads.n_heads);
+        assert!(out.len() >= heads.d_context().div_ceil(PANEL) * n * PANEL, "{} results", out.len());
+        assert!(scratch.len() >= self.scratch(heads, queries.keys), "{} floats of scratch", scratch.len());
+        let inside = |range: &SlotRange| range.is_empty() || range.end as usize <= n_slots;
+        let all_inside = |keys: &QueryKeys| keys.shared.iter().all(inside) && keys.own.iter().all(inside);
+        assert!(queries.keys.iter().all(all_inside), "a slot beyond {n_slots}");
+        for head in 0..heads.n_heads {
+            let args = Attend {
+                head: self.head(sequence, head),
+                first: queries.first,
+                keys: queries.keys,
+                step: queries.step,
+                packed: packed[head * lines..].as_ptr(),
+                scratch: scratch.as_mut_ptr(),
+                out: out.as_mut_ptr(),
+            };
+            // SAFETY: `Isa` proves the instruction set; sizes are checked above and in `head`.
+            unsafe { (self.table.attend)(&args) }
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Packing: keys and values of a head coded and laid out for the tiles.
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+use std::ops::Range;
+
+use super::super::simd::Simd;
+use super::Head;
+use super::integers::Integers;
+use super::products::Products;
+use crate::kernels::attention::{CacheLine, KEY_BLOCK};
+use crate::kernels::half::half_to_f32;
+use crate::kernels::layout::PANEL;
+
+/// Which third of `qkv`.
+#[derive(Clone, Copy)]
+pub(super) enum Third {
+    Query = 0,
+    Key = 1,
+    Value = 2,
+}
+
+/// Dimensions of a head in one third of `qkv`.
+#[derive(Clone, Copy)]
+pub(super) struct Columns<'a> {
+    pub(super) head: Head<'a>,
+    first: usize,
+}
+
+impl<'a> Columns<'a> {
+    pub(super) fn new(head: &Head<'a>, third: Third) -> Self {
+        Self { head: *head, first: third as usize * head.heads.d_context() + head.head * head.heads.d_head }
+    }
+
+    /// Dimensions `j..j + LANES` of the token at `position`, 0 beyond the head.
+    #[inline(always)]
+    pub(super) unsafe fn read<S: Simd>(&self, position: usize, j: usize) -> S::F {
+        let Self { head, first } = self;
+        // SAFETY: the token is one of the sequence's, the columns are the head's; whole vectors do not cross a panel.
+        unsafe {
+            let at = |column: usize| {
+                head.qkv.add((column / PANEL * head.n_rows + head.first_row + position) * PANEL + column % PANEL)
+            };
+            if first.is_multiple_of(16) && j + S::LANES <= head.heads.d_head {
+                return S::load_half(at(first + j));
+            }
+            let mut lanes = [0.0f32; 16];
+            for (lane, value) in lanes.iter_mut().enumerate().take(S::LANES) {
+                if j + lane < head.heads.d_head {
+                    *value = half_to_f32(*at(first + j + lane));
+                }
+            }
+            S::load(lanes.as_ptr())
+        }
+    }
+}
+
+/// Writes the step of each dimension and its inverse: `[d_padded]` each.
+#[inline(always)]
+unsafe fn steps<P: Products>(columns: &Columns<'_>, step: *mut f32, inverse: *mut f32) {
+    let head = &columns.head;
+    // SAFETY: both hold `d_padded` by contract.
+    unsafe {
+        let mut j = 0;
+        while j < head.heads.d_padded() {
+            let mut largest = P::S::splat(0.0);
+            for position in 0..head.len {
+                let x = columns.read::<P::S>(position, j);
+                largest = P::S::max(largest, P::S::max(x, P::S::sub(P::S::splat(0.0), x)));
+            }
+            // A dimension that is 0 throughout has any step.
+            let largest = P::S::max(largest, P::S::splat(f32::MIN_POSITIVE * 1e6));
+            P::S::store(step.add(j), P::S::mul(largest, P::S::splat(1.0 / P::LARGEST)));
+            P::S::store(inverse.add(j), P::S::div(P::S::splat(P::LARGEST), largest));
+            j += P::S::LANES;
+        }
+    }
+}
+
+/// Dimensions `j..j + LANES` of what a slot holds: a key or value, or the mean of several; 0 in a gap.
+#[inline(always)]
+unsafe fn read_slot<S: Simd>(columns: &Columns<'_>, keys: &Range<usize>, j: usize) -> S::F {
+    // SAFETY: positions are in the sequence.
+    unsafe {
+        match keys.len() {
+            0 => S::splat(0.0),
+            1 => columns.read::<S>(keys.start, j),
+            n => {
+                let mut sum = S::splat(0.0);
+                for position in keys.clone() {
+                    sum = S::add(sum, columns.read::<S>(position, j));
+                }
+                #[allow(clippy::cast_precision_loss, reason = "blocks are far below 2^24")]
+                let share = S::splat(1.0 / n as f32);
+                S::mul(sum, share)
+            }
+        }
+    }
+}
+
+/// Packs keys and values of one head.
+#[inline(always)]
+pub(in crate::kernels::arch) unsafe fn pack<P: Products>(head: &Head<'_>, packed: *mut CacheLine, scratch: *mut f32) {
+    // SAFETY: `packed` holds `lines` and `scratch` holds `scratch` for this head (the façade's checks).
+    unsafe {
+        let d = head.heads.d_padded();
+        let n_slots = head.slots.n_slots(head.len);
+        let (key_columns, value_columns) = (Columns::new(head, Third::Key), Columns::new(head, Third::Value));
+        let step: *mut f32 = packed.cast();
+        let (key_inverse, value_inverse, rows) = (scratch, scratch.add(d), scratch.add(2 * d));
+        if P::GROUP > 1 {
+            steps::<P>(&key_columns, step, key_inverse);
+            steps::<P>(&value_columns, step.add(d), value_inverse);
+        }
+        let keys = step.add(2 * d);
+        let values = keys.add(n_slots * d / P::GROUP);
+        let n_groups = d / P::GROUP;
+        let code = |x: <P::S as Simd>::F, inverse: *const f32| {
+            if P::GROUP > 1 { P::S::mul(x, P::S::load(inverse)) } else { x }
+        };
+        for block in 0..n_slots / KEY_BLOCK {
+            let first = block * KEY_BLOCK;
+            let natural = head.slots.natural && first + KEY_BLOCK <= head.len;
+            let held: [Range<usize>; KEY_BLOCK] = std::array::from_fn(|index| match natural {
+                true => first + index..first + index + 1,
+                false => head.slots.keys(first + index, head.len),
+            });
+            for (index, held) in held.iter().enumerate() {
+                let row = rows.add(index * n_groups);
+                let mut j = 0;
+                while j < d {
+                    let x = read_slot::<P::S>(&key_columns, held, j);
+                    P::store_key(row, j, code(x, key_inverse.add(j)));
+                    j += P::S::LANES;
+                }
+            }
+            let to = keys.add(block * n_groups * KEY_BLOCK);
+            for group in (0..n_groups).step_by(8) {
+                for half in [0, 8] {
+                    let from = rows.add(half * n_groups + group);
+                    P::S::transpose(from, n_groups, to.add(group * KEY_BLOCK + half), KEY_BLOCK);
+                }
+            }
+            for (index, group) in held.chunks_exact(P::GROUP).enumerate() {
+                let to = values.add((block * KEY_BLOCK / P::GROUP + index) * d);
+                let mut j = 0;
+                while j < d {
+                    let mut x = [P::S::splat(0.0); 4];
+                    for g in 0..P::GROUP {
+                        x[g] = code(read_slot::<P::S>(&value_columns, &group[g], j), value_inverse.add(j));
+                    }
+                    P::store_values(to.add(j), x);
+                    j += P::S::LANES;
+                }
+            }
+        }
+    }
+}
