@@ -169,12 +169,15 @@ pub(super) struct CompressArgs {
     /// Replace OUT if it exists.
     #[arg(long)]
     pub(super) force: bool,
-    /// Text that importance and reconstruction are measured on, one text a line; needed for pruning.
+    /// Passes in order, as TOML; without it the flags below say what is done, plain INT8 if none is given.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prune_heads", "prune_ffn", "importance"])]
+    pub(super) recipe: Option<PathBuf>,
+    /// Text that passes measure on, one text a line (instead of the recipe's).
     #[arg(long, value_name = "FILE")]
     pub(super) calibration: Option<PathBuf>,
-    /// Tokens of calibration text to use.
-    #[arg(long, default_value_t = 30_000)]
-    pub(super) calibration_tokens: usize,
+    /// Tokens of calibration text to use (default: the recipe's, or 30000).
+    #[arg(long, value_name = "TOKENS")]
+    pub(super) calibration_tokens: Option<usize>,
     /// Share of all attention heads to remove, 0 to 0.9.
     #[arg(long, default_value_t = 0.0, value_parser = super::parse::share)]
     pub(super) prune_heads: f64,
@@ -193,9 +196,9 @@ pub(super) struct CompressArgs {
     /// Name of the model in the artefact (default: the name of the directory).
     #[arg(long)]
     pub(super) name: Option<String>,
-    /// Seed of every random choice.
-    #[arg(long, default_value_t = 0)]
-    pub(super) seed: u64,
+    /// Seed of every random choice (default: the recipe's, or 0).
+    #[arg(long)]
+    pub(super) seed: Option<u64>,
 }
 
 /// Flags of `niwaki eval`.

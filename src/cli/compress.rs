@@ -3,7 +3,10 @@
 use super::args::CompressArgs;
 use super::model::max_input_tokens;
 use super::progress::Bars;
-use crate::compress::{CompressRequest, Progress, Report, compress};
+use crate::compress::{CompressRequest, Outcome, Progress, PruneStructured, Quantize, Recipe, Reconstruct, compress};
+use crate::exec::Runtime;
+use crate::kernels::Isa;
+use crate::telemetry::process;
 
 impl Progress for Bars {
     fn phase_started(&self, name: &str, total: u64) {
@@ -19,28 +22,50 @@ impl Progress for Bars {
     }
 }
 
+/// The recipe of a file, or the one that the flags spell; other flags override what it says of calibration and seed.
+fn recipe(args: &CompressArgs) -> anyhow::Result<Recipe> {
+    let mut recipe = match &args.recipe {
+        Some(file) => Recipe::read(file)?,
+        None => {
+            let mut recipe = Recipe::new(0);
+            if args.prune_heads > 0.0 || args.prune_ffn > 0.0 {
+                let pass =
+                    PruneStructured { heads: args.prune_heads, ffn: args.prune_ffn, importance: args.importance };
+                recipe.push(pass, &[("heads", "--prune-heads"), ("ffn", "--prune-ffn")]);
+                recipe.push(Reconstruct::default(), &[]);
+            }
+            recipe.push(Quantize::default(), &[]);
+            recipe
+        }
+    };
+    if let Some(texts) = &args.calibration {
+        recipe.calibration.texts = Some(texts.clone());
+    }
+    if let Some(tokens) = args.calibration_tokens {
+        recipe.calibration.tokens = tokens;
+    }
+    if let Some(seed) = args.seed {
+        recipe.seed = seed;
+    }
+    Ok(recipe)
+}
+
 pub(super) fn run(args: &CompressArgs) -> anyhow::Result<()> {
     let request = CompressRequest {
         force: args.force,
         name: args.name.clone(),
-        calibration: args.calibration.clone(),
-        calibration_tokens: args.calibration_tokens,
-        prune_heads: args.prune_heads,
-        prune_ffn: args.prune_ffn,
-        importance: args.importance,
         band: args.attention,
         max_input_tokens: max_input_tokens(args.attention, args.max_input_length),
-        seed: args.seed,
-        ..CompressRequest::new(&args.model, &args.out)
+        ..CompressRequest::new(&args.model, &args.out, recipe(args)?)
     };
-    let report = compress(&request, &Bars::new())?;
-    print(&report);
+    let runtime = Runtime::new(Isa::detect(), process::available_cpus())?;
+    print(&compress(&request, &runtime, &Bars::new())?);
     Ok(())
 }
 
-fn print(report: &Report) {
-    let manifest = &report.manifest;
-    println!("{}", report.out.display());
+fn print(outcome: &Outcome) {
+    let manifest = &outcome.manifest;
+    println!("{}", outcome.out.display());
     println!(
         "tensors: {:.1} MB, {:.1} MB before",
         manifest.size.artefact_bytes as f64 / 1e6,

@@ -1,18 +1,21 @@
 //! The finished model as files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
 use super::CompressError;
-use super::weights::{Weights, slots};
+use super::slots::{Group, linear_slots};
+use super::weights::Weights;
 use crate::checkpoint::{ArtefactDir, Checkpoint, CheckpointError, Dtype, TensorOut, hf_names, write_safetensors};
 use crate::exec::candle::WeightSource;
 use crate::model::{Architecture, LinearSlot, NormSlot, Pooling};
-use crate::quant::quantize_rows_symmetric;
+use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// The weights file.
 pub(super) const WEIGHTS_FILE: &str = "model.safetensors";
+/// The recipe, with every setting spelt out.
+pub(super) const RECIPE_FILE: &str = "recipe.toml";
 /// The model card.
 pub(super) const CARD_FILE: &str = "README.md";
 
@@ -20,16 +23,29 @@ pub(super) const CARD_FILE: &str = "README.md";
 const COPIED: [&str; 4] =
     ["tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "config_sentence_transformers.json"];
 
-/// Storage scheme of each group of tensors, for the manifest.
-pub(super) fn schemes() -> BTreeMap<String, String> {
+/// Storage scheme of each group of tensors, for the manifest; forms that differ within a group are listed.
+pub(super) fn schemes(model: &Weights) -> BTreeMap<String, String> {
+    let forms = |groups: &[Group]| {
+        let forms: BTreeSet<String> = model
+            .slots()
+            .into_iter()
+            .filter(|slot| groups.iter().any(|group| group.contains(*slot)))
+            .map(|slot| match model.report(slot).form {
+                form if form.is_empty() => "int8-per-row".to_owned(),
+                form => form,
+            })
+            .collect();
+        forms.into_iter().collect::<Vec<_>>().join(", ")
+    };
     [
-        ("linear.weight", "int8-per-channel"),
-        ("linear.input", "uint8-per-token-dynamic"),
-        ("linear.bias", "f32"),
-        ("embeddings", "int8-per-row"),
-        ("norms", "f32"),
+        ("attention.weight", forms(&[Group::Attention])),
+        ("ffn.weight", forms(&[Group::Ffn])),
+        ("linear.input", "uint8-per-token-dynamic".to_owned()),
+        ("linear.bias", "f32".to_owned()),
+        ("embeddings", forms(&[Group::Embedding])),
+        ("norms", "f32".to_owned()),
     ]
-    .map(|(group, scheme)| (group.to_owned(), scheme.to_owned()))
+    .map(|(group, scheme)| (group.to_owned(), scheme))
     .into()
 }
 
@@ -37,10 +53,14 @@ fn f32_tensor(name: String, shape: Vec<usize>, values: &[f32]) -> TensorOut<'sta
     TensorOut { name, dtype: Dtype::F32, shape, data: bytemuck::cast_slice(values).to_vec().into() }
 }
 
-fn int8_tensors(name: &str, values: &[f32], cols: usize) -> [TensorOut<'static>; 2] {
-    let (codes, scale) = quantize_rows_symmetric(values, cols);
+/// The tensors of a matrix in its stored form; INT8 per row when no pass has fixed one.
+fn matrix_tensors(name: &str, form: Weight<'_>, cols: usize) -> Vec<TensorOut<'static>> {
+    let (codes, scale) = match form {
+        Weight::Int8 { codes, scale } => (codes.into_owned(), scale.into_owned()),
+        Weight::F32(values) => quantize_rows_symmetric(&values, cols),
+    };
     let rows = scale.len();
-    [
+    vec![
         TensorOut {
             name: name.to_owned(),
             dtype: Dtype::I8,
@@ -51,22 +71,33 @@ fn int8_tensors(name: &str, values: &[f32], cols: usize) -> [TensorOut<'static>;
     ]
 }
 
-/// Every tensor of the artefact: matrices and tables INT8 with one scale per row, the rest f32.
+/// The rows `rows` of a matrix: linear layers that are played as one stand apart in files.
+fn rows_of(form: &Weight<'_>, rows: std::ops::Range<usize>, cols: usize) -> Weight<'static> {
+    let elements = rows.start * cols..rows.end * cols;
+    match form {
+        Weight::F32(values) => Weight::F32(values[elements].to_vec().into()),
+        Weight::Int8 { codes, scale } => {
+            Weight::Int8 { codes: codes[elements].to_vec().into(), scale: scale[rows].to_vec().into() }
+        }
+    }
+}
+
+/// Every tensor of the artefact: matrices and tables in their stored form, the rest f32.
 pub(super) fn tensors(model: &Weights) -> Result<Vec<TensorOut<'static>>, CompressError> {
     let spec = model.architecture();
     let width = spec.d_model;
     let mut out = Vec::new();
     let tables = model.tables()?;
-    out.extend(int8_tensors(hf_names::WORD_EMBEDDING, &tables.word.to_f32(width), width));
-    out.extend(int8_tensors(hf_names::POSITION_EMBEDDING, &tables.position.to_f32(width), width));
+    out.extend(matrix_tensors(hf_names::WORD_EMBEDDING, tables.word, width));
+    out.extend(matrix_tensors(hf_names::POSITION_EMBEDDING, tables.position, width));
     if let Some(table) = tables.token_type {
-        out.extend(int8_tensors(hf_names::TOKEN_TYPE_EMBEDDING, &table.to_f32(width), width));
+        out.extend(matrix_tensors(hf_names::TOKEN_TYPE_EMBEDDING, table, width));
     }
     let mut norms = vec![NormSlot::Embedding];
     for layer in 0..spec.layers.len() {
         norms.extend([NormSlot::Attention(layer), NormSlot::Ffn(layer)]);
-        for slot in slots(layer) {
-            out.extend(linear_tensors(spec, model, slot));
+        for slot in linear_slots(layer) {
+            out.extend(linear_tensors(spec, model, slot)?);
         }
     }
     for slot in norms {
@@ -78,18 +109,21 @@ pub(super) fn tensors(model: &Weights) -> Result<Vec<TensorOut<'static>>, Compre
     Ok(out)
 }
 
-fn linear_tensors(spec: &Architecture, model: &Weights, slot: LinearSlot) -> Vec<TensorOut<'static>> {
-    let linear = model.dense(slot);
+fn linear_tensors(
+    spec: &Architecture,
+    model: &Weights,
+    slot: LinearSlot,
+) -> Result<Vec<TensorOut<'static>>, CompressError> {
+    let linear = model.linear(slot)?;
     let modules = hf_names::linear_modules(spec.family, slot);
     let rows = linear.n_out / modules.len();
     let mut out = Vec::new();
-    for ((module, weight), bias) in
-        modules.iter().zip(linear.weight.chunks_exact(rows * linear.n_in)).zip(linear.bias.chunks_exact(rows))
-    {
-        out.extend(int8_tensors(&format!("{module}.weight"), weight, linear.n_in));
+    for (index, (module, bias)) in modules.iter().zip(linear.bias.chunks_exact(rows)).enumerate() {
+        let part = rows_of(&linear.weight, index * rows..(index + 1) * rows, linear.n_in);
+        out.extend(matrix_tensors(&format!("{module}.weight"), part, linear.n_in));
         out.push(f32_tensor(format!("{module}.bias"), vec![rows], bias));
     }
-    out
+    Ok(out)
 }
 
 /// The source's `config.json` with a `quantization_config` in the compressed-tensors layout. Widths that pruning made

@@ -1,8 +1,7 @@
 //! Texts with the answers an artefact must give, so that a server can check itself before it takes requests.
 
 use crate::checkpoint::Golden;
-use crate::eval::{Embeddings, Encode, EvalError, embed};
-use crate::model::Forward;
+use crate::eval::{Embeddings, Encode, EvalError};
 
 /// From a single word to a paragraph, with figures, symbols and other scripts.
 pub(super) const TEXTS: [&str; 8] = [
@@ -22,23 +21,17 @@ pub(super) const TEXTS: [&str; 8] = [
      by proteins called reaction centres, which contain green pigments.",
 ];
 
-/// A cosine as it is written down: what further digits say depends on the machine.
+/// A cosine as it is written down, in 4 decimals: what further digits say on held-out text depends on the machine.
 pub(super) fn round_cosine(cosine: f64) -> f64 {
-    (cosine * 1e6).round() / 1e6
+    (cosine * 1e4).round() / 1e4
 }
 
-/// Embeddings of [`TEXTS`] by the uncompressed model.
-pub(super) fn reference(model: &mut dyn Forward, encode: &Encode<'_>) -> Result<Embeddings, EvalError> {
-    embed(model, encode, &TEXTS, |_| ())
-}
-
-/// The entries of the manifest.
+/// The entries of the manifest, from embeddings of [`TEXTS`] by the uncompressed model and by the artefact.
 pub(super) fn entries(
     reference: &Embeddings,
-    artefact: &mut dyn Forward,
+    artefact: &Embeddings,
     encode: &Encode<'_>,
 ) -> Result<Vec<Golden>, EvalError> {
-    let got = embed(artefact, encode, &TEXTS, |_| ())?;
     TEXTS
         .iter()
         .enumerate()
@@ -47,7 +40,7 @@ pub(super) fn entries(
                 text: (*text).to_owned(),
                 ids: encode(text).map_err(EvalError::Encode)?,
                 reference: reference.row(index).to_vec(),
-                cosine: round_cosine(reference.cosine(index, &got, index)),
+                cosine: round_cosine(reference.cosine(index, artefact, index)),
             })
         })
         .collect()

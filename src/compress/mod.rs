@@ -9,14 +9,17 @@ mod error;
 mod golden;
 mod importance;
 mod lowrank;
+mod measure;
 mod moments;
 mod observe;
+mod passes;
 mod progress;
 mod prune;
+mod recipe;
 mod reconstruct;
 mod run;
-mod simulate;
 mod sparsity;
+mod slots;
 mod surgeon;
 mod vocabulary;
 mod weights;
@@ -27,11 +30,16 @@ pub use calibration::{CalibrationText, sample};
 pub use error::CompressError;
 pub use importance::{Importance, LayerRanking, Measurements, measure, sensitivities};
 pub use lowrank::{Factorization, Factors, break_even, factorize};
+pub use passes::{
+    CompressionPass, Format, LayerReport, MatrixReport, Pass, PassReport, PruneStructured, Quantize, Reconstruct,
+    Refusal, Stage, Work,
+};
 pub use progress::{Progress, Silent};
 pub use prune::{FFN_PANEL, Plan, apply, plan};
+pub use recipe::{CalibrationSettings, Recipe, Step};
 pub use reconstruct::{Reconstruction, Refit, Target, reconstruct};
-pub use run::{CompressRequest, Report, compress};
-pub use simulate::{RoundedActivations, round_weights};
 pub use sparsity::{Pattern, Score, Sparse, relative_error, sparsify};
 pub use vocabulary::{PrunedVocabulary, Vocabulary, VocabularyError};
+pub use run::{CompressRequest, Outcome, compress};
+pub use slots::{Group, MatrixSlot};
 pub use weights::{DenseLinear, Weights};

@@ -3,6 +3,7 @@
 use super::CompressError;
 use super::allocate::{Ranking, allocate};
 use super::importance::LayerRanking;
+use super::passes::Refusal;
 use super::weights::Weights;
 
 /// FFN widths are kept at multiples of this: the INT8 kernels pack output channels in panels of 64.
@@ -33,8 +34,8 @@ pub fn plan(
     let neurons: Vec<(usize, &Ranking)> =
         layers.iter().zip(rankings).map(|(layer, ranking)| (layer.d_ffn, &ranking.neurons)).collect();
     Ok(Plan {
-        heads: divide("prune-heads", &heads, 1, share_of_heads)?,
-        neurons: divide("prune-ffn", &neurons, FFN_PANEL, share_of_neurons)?,
+        heads: divide("heads", &heads, 1, share_of_heads)?,
+        neurons: divide("ffn", &neurons, FFN_PANEL, share_of_neurons)?,
     })
 }
 
@@ -53,7 +54,7 @@ fn divide(
     let n_panels: usize = layers.iter().map(|(n_units, _)| n_units.div_ceil(panel)).sum();
     let target = panels_kept(n_panels, share);
     let kept = allocate(layers, panel, target).ok_or_else(|| CompressError::Setting {
-        setting,
+        setting: setting.to_owned(),
         reason: format!("{share} would leave {target} of {n_panels} units in {} layers of at least one", layers.len()),
     })?;
     Ok(layers.iter().zip(kept).map(|((n_units, ranking), kept)| ranking.keep(*n_units, n_units - kept)).collect())
@@ -62,14 +63,14 @@ fn divide(
 /// Checks that `share` can be met at all, before anything is measured.
 ///
 /// # Errors
-/// Naming the setting.
+/// Naming the field.
 pub(super) fn check_share(
     setting: &'static str,
     units: impl Iterator<Item = usize>,
     panel: usize,
     share: f64,
-) -> Result<(), CompressError> {
-    let refuse = |reason: String| Err(CompressError::Setting { setting, reason });
+) -> Result<(), Refusal> {
+    let refuse = |reason: String| Err(Refusal::new(setting, reason));
     if !(0.0..=0.9).contains(&share) {
         return refuse(format!("{share} is not a share from 0 to 0.9"));
     }

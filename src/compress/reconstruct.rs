@@ -13,6 +13,7 @@
 
 use candle_core::Tensor;
 use faer::linalg::solvers::Solve;
+use serde::{Deserialize, Serialize};
 
 use super::CompressError;
 use super::calibration::CalibrationText;
@@ -23,7 +24,8 @@ use super::weights::{DenseLinear, Weights};
 use crate::model::LinearSlot;
 
 /// What a refitted branch should give.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Target {
     /// What the dense model's branch gave.
     Branch,

@@ -1,25 +1,25 @@
-//! From a request to an artefact.
+//! From a recipe to an artefact.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::artefact::{self, CARD_FILE, WEIGHTS_FILE};
+use super::artefact::{self, CARD_FILE, RECIPE_FILE, WEIGHTS_FILE};
 use super::calibration::{CalibrationText, sample};
-use super::importance::{Importance, measure};
+use super::measure::measure_quality;
+use super::passes::{PassReport, Work};
 use super::progress::Progress;
-use super::prune::{FFN_PANEL, apply, check_share, plan};
-use super::reconstruct::{Reconstruction, Refit, reconstruct};
-use super::simulate::RoundedActivations;
+use super::recipe::Recipe;
 use super::weights::Weights;
-use super::{CompressError, card, golden};
+use super::{CompressError, card};
 use crate::checkpoint::{
-    ArtefactDir, Calibration, Checkpoint, FORMAT_VERSION, MANIFEST_FILE, Manifest, OpenOptions, Pruning, Quality,
-    Recipe, SizeReport, Source, sha256_hex,
+    ArtefactDir, Calibration, Checkpoint, FORMAT_VERSION, MANIFEST_FILE, Manifest, OpenOptions, Pruning,
+    Recipe as RecipeRecord, SizeReport, Source, sha256_hex,
 };
-use crate::eval::{Encode, compare, embed, encoder};
-use crate::exec::candle::{CandleBuild, CandleF32, CandleLinear, CandleNorm, CandleTables, GROUP_TOKENS, WeightSource};
+use crate::eval::{Encode, encoder};
+use crate::exec::Runtime;
 use crate::exec::cost::linear_macs_per_token;
-use crate::model::{Band, Encoder, Forward, ForwardMemory, Model, ModelError, Ops};
+use crate::model::{Architecture, Band};
 use crate::text::Tokenizer;
 
 /// Texts kept apart from calibration to measure the result on.
@@ -36,62 +36,38 @@ pub struct CompressRequest {
     pub force: bool,
     /// Name of the model in the artefact (default: that of the source).
     pub name: Option<String>,
-    /// Text for importance and reconstruction, one a line; needed for pruning.
-    pub calibration: Option<PathBuf>,
-    /// Tokens of it to use.
-    pub calibration_tokens: usize,
-    /// Share of all attention heads to remove, 0 to 0.9.
-    pub prune_heads: f64,
-    /// Share of all FFN neurons to remove, 0 to 0.9.
-    pub prune_ffn: f64,
-    /// How importance is measured.
-    pub importance: Importance,
+    /// What to do.
+    pub recipe: Recipe,
     /// A band for every layer.
     pub band: Option<Band>,
     /// Longest input in tokens (default: the source's).
     pub max_input_tokens: Option<usize>,
-    /// Seed of every random choice.
-    pub seed: u64,
 }
 
 impl CompressRequest {
-    /// Plain INT8 of `model` into `out`.
+    /// `recipe` on `model` into `out`.
     #[must_use]
-    pub fn new(model: impl Into<PathBuf>, out: impl Into<PathBuf>) -> Self {
+    pub fn new(model: impl Into<PathBuf>, out: impl Into<PathBuf>, recipe: Recipe) -> Self {
         Self {
             model: model.into(),
             out: out.into(),
             force: false,
             name: None,
-            calibration: None,
-            calibration_tokens: 30_000,
-            prune_heads: 0.0,
-            prune_ffn: 0.0,
-            importance: Importance::default(),
+            recipe,
             band: None,
             max_input_tokens: None,
-            seed: 0,
         }
     }
 
-    fn prunes(&self) -> bool {
-        self.prune_heads > 0.0 || self.prune_ffn > 0.0
-    }
-
-    /// The command that makes the same bytes. Paths are reduced to names: where files stand is not part of the result.
-    fn command(&self) -> String {
-        let mut words = vec!["niwaki compress".to_owned(), format!("--model {}", name_of(&self.model))];
-        words.push(format!("--out {}", name_of(&self.out)));
+    /// The command that makes the same bytes, with the recipe that the artefact carries. Where files stand, and what the
+    /// target and the calibration file are called, is not part of the result.
+    fn command(&self, source: &str) -> String {
+        let mut words = vec![format!("niwaki compress --recipe {RECIPE_FILE} --model {source} --out OUT")];
+        if self.recipe.needs_text() {
+            words.push("--calibration TEXTS".to_owned());
+        }
         if let Some(name) = &self.name {
             words.push(format!("--name {name}"));
-        }
-        if self.prunes() {
-            if let Some(file) = &self.calibration {
-                words.push(format!("--calibration {}", name_of(file)));
-            }
-            words.push(format!("--calibration-tokens {}", self.calibration_tokens));
-            words.push(format!("--prune-heads {} --prune-ffn {}", self.prune_heads, self.prune_ffn));
-            words.push(format!("--importance {} --seed {}", self.importance, self.seed));
         }
         if let Some(band) = &self.band {
             words.push(format!("--attention {band}"));
@@ -103,28 +79,32 @@ impl CompressRequest {
     }
 }
 
-fn name_of(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
-}
-
 /// What came out.
 #[derive(Debug)]
-pub struct Report {
+pub struct Outcome {
     /// Where the artefact is.
     pub out: PathBuf,
     /// Its manifest: sizes, shapes, quality.
     pub manifest: Manifest,
-    /// Errors of the refitted matrices, when there was pruning.
-    pub refits: Vec<Refit>,
+    /// What each pass did.
+    pub passes: Vec<PassReport>,
 }
 
-/// Compresses a model: prune, refit, quantize, write, measure. The target appears whole or not at all; the same inputs,
-/// settings and seed give the same bytes on the same kind of machine.
+/// Compresses a model: the passes of the recipe in order, then write, then measure what was written. The target appears
+/// whole or not at all.
+///
+/// The same model, recipe, text and seed give the same bytes. Without calibration text they are the same on every
+/// machine; with it, on machines of the same instruction set, because sums over activations are in floating point.
 ///
 /// # Errors
-/// What the user can cause (target exists, calibration missing or no text, impossible shares) is refused before any
-/// work.
-pub fn compress(request: &CompressRequest, progress: &dyn Progress) -> Result<Report, CompressError> {
+/// What the user can cause (target exists, calibration missing or no text, impossible settings, no room) is refused
+/// before any work.
+pub fn compress(
+    request: &CompressRequest,
+    runtime: &Runtime,
+    progress: &dyn Progress,
+) -> Result<Outcome, CompressError> {
+    let recipe = &request.recipe;
     ArtefactDir::check_target(&request.out, request.force)?;
     let options =
         OpenOptions { band: request.band, max_input_tokens: request.max_input_tokens, ..OpenOptions::default() };
@@ -132,69 +112,25 @@ pub fn compress(request: &CompressRequest, progress: &dyn Progress) -> Result<Re
     if source.manifest().is_some() {
         return Err(CompressError::AlreadyCompressed(request.model.clone()));
     }
-    let layers = source.architecture().layers.clone();
-    check_share("prune-heads", layers.iter().map(|layer| layer.n_heads), 1, request.prune_heads)?;
-    check_share("prune-ffn", layers.iter().map(|layer| layer.d_ffn), FFN_PANEL, request.prune_ffn)?;
+    recipe.check(source.architecture())?;
+    check_space(&request.out, source.architecture(), source.tokenizer_json().len() as u64)?;
     let tokenizer = Tokenizer::from_bytes(source.tokenizer_json())?;
     let encode = encoder(&tokenizer, source.architecture().max_input_tokens);
-    let text = request.prunes().then(|| calibration_text(request, &encode)).transpose()?;
+    let text = calibration_text(recipe, &encode)?;
 
     let dense = Weights::load(&source)?;
-    let mut model = dense.clone();
-    let mut passes = Vec::new();
-    let mut refits = Vec::new();
-    if let Some(text) = &text {
-        let rankings = measure(&dense, text, request.seed, progress)?.rank(&dense, request.importance, progress)?;
-        apply(&mut model, &plan(&dense, &rankings, request.prune_heads, request.prune_ffn)?)?;
-        let settings = Reconstruction::default();
-        refits = reconstruct(&dense, &mut model, text, settings, progress)?;
-        passes.push(format!(
-            "prune: {} of the heads, {} of the FFN neurons, by {}",
-            request.prune_heads, request.prune_ffn, request.importance
-        ));
-        passes.push(format!("reconstruct: output matrices by least squares, ridge {}", settings.ridge));
-    }
-    passes.push("quantize: INT8, one scale per output channel and per embedding row".to_owned());
+    let mut work =
+        Work { model: dense.clone(), dense, text: text.clone(), seed: recipe.seed, encode: &encode, runtime };
+    let passes = run_passes(recipe, &mut work, progress)?;
+    let Work { dense, model, .. } = work;
 
-    let architecture = model.architecture().clone();
     let dir = ArtefactDir::create(&request.out, request.force)?;
     progress.phase_started("write", 1);
     let artefact_bytes = artefact::write_weights(&dir, &model)?;
-    let mut files = artefact::side_files(&source, &architecture)?;
-    let license =
-        artefact::read_source(&source, CARD_FILE)?.and_then(|bytes| card::license_of(&String::from_utf8_lossy(&bytes)));
-    let mut manifest = Manifest {
-        format_version: FORMAT_VERSION,
-        generator: artefact::generator(),
-        model: request.name.clone().unwrap_or_else(|| source.name().to_owned()),
-        architecture: architecture.spec(),
-        recipe: Recipe { command: request.command(), seed: request.seed, passes },
-        source: Source {
-            model: source.name().to_owned(),
-            weights_sha256: source.weights_sha256(),
-            weights_bytes: source.weights_bytes() as u64,
-            license,
-        },
-        calibration: text.as_ref().map(|text| Calibration {
-            sha256: text.sha256.clone(),
-            n_texts: text.n_texts,
-            n_tokens: text.n_tokens,
-        }),
-        pruning: text.is_some().then(|| Pruning {
-            importance: request.importance.to_string(),
-            heads: layers.iter().zip(&architecture.layers).map(|(a, b)| (a.n_heads, b.n_heads)).collect(),
-            ffn: layers.iter().zip(&architecture.layers).map(|(a, b)| (a.d_ffn, b.d_ffn)).collect(),
-            macs_per_token: (
-                linear_macs_per_token(&layers, architecture.d_model),
-                linear_macs_per_token(&architecture.layers, architecture.d_model),
-            ),
-        }),
-        schemes: artefact::schemes(),
-        size: SizeReport { source_bytes: source.weights_bytes() as u64, artefact_bytes },
-        quality: None,
-        golden: Vec::new(),
-        files: std::collections::BTreeMap::new(),
-    };
+    let mut files = artefact::side_files(&source, model.architecture())?;
+    files.insert(RECIPE_FILE.to_owned(), recipe.to_toml().into_bytes());
+    let mut manifest = manifest(request, &source, &model, text.as_deref(), &passes)?;
+    manifest.size.artefact_bytes = artefact_bytes;
     for (name, bytes) in &files {
         dir.write(name, bytes)?;
     }
@@ -203,9 +139,9 @@ pub fn compress(request: &CompressRequest, progress: &dyn Progress) -> Result<Re
     dir.write(MANIFEST_FILE, &manifest.to_json()?)?;
     progress.advanced(1);
     progress.phase_finished();
-    let written = Checkpoint::open(dir.path())?;
-    let held_out = text.map(|text| text.held_out).unwrap_or_default();
-    measure_quality(&mut manifest, &dense, &written, &encode, &held_out, progress)?;
+    let written = Arc::new(Checkpoint::open(dir.path())?);
+    let held_out = text.as_ref().map_or(&[][..], |text| &text.held_out);
+    measure_quality(&mut manifest, &dense, &written, runtime, &encode, held_out, progress)?;
 
     files.insert(CARD_FILE.to_owned(), card::card(&manifest).into_bytes());
     dir.write(CARD_FILE, &files[CARD_FILE])?;
@@ -213,59 +149,113 @@ pub fn compress(request: &CompressRequest, progress: &dyn Progress) -> Result<Re
     manifest.files.insert(WEIGHTS_FILE.to_owned(), written.weights_sha256());
     dir.write(MANIFEST_FILE, &manifest.to_json()?)?;
     drop(written);
-    Ok(Report { out: dir.commit()?, manifest, refits })
+    Ok(Outcome { out: dir.commit()?, manifest, passes })
 }
 
-fn calibration_text(request: &CompressRequest, encode: &Encode<'_>) -> Result<CalibrationText, CompressError> {
-    let refuse = |setting, reason: &str| CompressError::Setting { setting, reason: reason.to_owned() };
-    let path = request
-        .calibration
-        .as_deref()
-        .ok_or_else(|| refuse("calibration", "pruning needs a file of texts, one a line, to measure importance on"))?;
-    if request.calibration_tokens == 0 {
-        return Err(refuse("calibration-tokens", "0 tokens show nothing"));
-    }
-    sample(path, encode, request.calibration_tokens, N_HELD_OUT, request.seed)
-}
-
-fn player<O>(source: &dyn WeightSource, ops: O) -> Result<Model<O>, ModelError>
-where
-    O: Ops<Tables = CandleTables, Linear = CandleLinear, Norm = CandleNorm>,
-{
-    let architecture = Arc::new(source.architecture().clone());
-    let encoder = Encoder::build(&architecture, &mut CandleBuild::new(source))?;
-    Ok(Model::new(architecture, encoder.into(), ops, GROUP_TOKENS, |_| ForwardMemory::default()))
-}
-
-/// Fills in what the artefact is worth: cosines on texts that it was not fitted to, and the self-check.
-fn measure_quality(
-    manifest: &mut Manifest,
-    dense: &Weights,
-    written: &Checkpoint,
-    encode: &Encode<'_>,
-    held_out: &[String],
-    progress: &dyn Progress,
-) -> Result<(), CompressError> {
-    let (measured_on, texts): (_, Vec<&str>) = if held_out.is_empty() {
-        ("the self-check texts", golden::TEXTS.to_vec())
-    } else {
-        ("lines of the calibration file that were not used", held_out.iter().map(String::as_str).collect())
+fn run_passes(recipe: &Recipe, work: &mut Work<'_>, progress: &dyn Progress) -> Result<Vec<PassReport>, CompressError> {
+    let size = |model: &Weights| {
+        (model.bytes(), linear_macs_per_token(&model.architecture().layers, model.architecture().d_model))
     };
-    progress.phase_started("measure quality", 2 * texts.len() as u64);
-    let mut reference: Box<dyn Forward> = Box::new(player(dense, CandleF32)?);
-    let mut artefact: Box<dyn Forward> = Box::new(player(written, RoundedActivations)?);
-    let expected = embed(&mut *reference, encode, &texts, |n| progress.advanced(n as u64))?;
-    let got = embed(&mut *artefact, encode, &texts, |n| progress.advanced(n as u64))?;
-    let fidelity = compare(&expected, &got)?;
-    manifest.quality = Some(Quality {
-        measured_on: measured_on.to_owned(),
-        n_texts: fidelity.n_texts,
-        cosine_mean: golden::round_cosine(fidelity.mean),
-        cosine_p1: golden::round_cosine(fidelity.p1),
-        cosine_min: golden::round_cosine(fidelity.min),
-    });
-    let golden_reference = golden::reference(&mut *reference, encode)?;
-    manifest.golden = golden::entries(&golden_reference, &mut *artefact, encode)?;
-    progress.phase_finished();
-    Ok(())
+    let mut reports = Vec::with_capacity(recipe.steps.len());
+    for step in &recipe.steps {
+        let behaviour = step.pass.behaviour();
+        let before = size(&work.model);
+        let report = behaviour.run(work, progress)?;
+        let after = size(&work.model);
+        let mut settings = serde_json::to_value(&step.pass).unwrap_or_default();
+        if let Some(fields) = settings.as_object_mut() {
+            fields.remove("kind");
+        }
+        reports.push(PassReport {
+            kind: step.pass.kind().to_owned(),
+            summary: behaviour.summary(),
+            settings,
+            bytes: (before.0, after.0),
+            macs_per_token: (before.1, after.1),
+            ..report
+        });
+    }
+    Ok(reports)
+}
+
+fn manifest(
+    request: &CompressRequest,
+    source: &Checkpoint,
+    model: &Weights,
+    text: Option<&CalibrationText>,
+    passes: &[PassReport],
+) -> Result<Manifest, CompressError> {
+    let (before, after) = (source.architecture(), model.architecture());
+    let license =
+        artefact::read_source(source, CARD_FILE)?.and_then(|bytes| card::license_of(&String::from_utf8_lossy(&bytes)));
+    let importance = passes.iter().find_map(|pass| pass.settings.get("importance")?.as_str().map(str::to_owned));
+    let pruned = before.layers.iter().zip(&after.layers).any(|(a, b)| (a.n_heads, a.d_ffn) != (b.n_heads, b.d_ffn));
+    Ok(Manifest {
+        format_version: FORMAT_VERSION,
+        generator: artefact::generator(),
+        model: request.name.clone().unwrap_or_else(|| source.name().to_owned()),
+        architecture: after.spec(),
+        recipe: RecipeRecord {
+            command: request.command(source.name()),
+            seed: request.recipe.seed,
+            passes: passes.iter().map(|pass| format!("{}: {}", pass.kind, pass.summary)).collect(),
+        },
+        source: Source {
+            model: source.name().to_owned(),
+            weights_sha256: source.weights_sha256(),
+            weights_bytes: source.weights_bytes() as u64,
+            license,
+        },
+        calibration: text.map(|text| Calibration {
+            sha256: text.sha256.clone(),
+            n_texts: text.n_texts,
+            n_tokens: text.n_tokens,
+        }),
+        pruning: pruned.then(|| Pruning {
+            importance: importance.unwrap_or_default(),
+            heads: before.layers.iter().zip(&after.layers).map(|(a, b)| (a.n_heads, b.n_heads)).collect(),
+            ffn: before.layers.iter().zip(&after.layers).map(|(a, b)| (a.d_ffn, b.d_ffn)).collect(),
+            macs_per_token: (
+                linear_macs_per_token(&before.layers, before.d_model),
+                linear_macs_per_token(&after.layers, after.d_model),
+            ),
+        }),
+        schemes: artefact::schemes(model),
+        size: SizeReport { source_bytes: source.weights_bytes() as u64, artefact_bytes: 0 },
+        quality: None,
+        golden: Vec::new(),
+        files: BTreeMap::new(),
+    })
+}
+
+fn calibration_text(recipe: &Recipe, encode: &Encode<'_>) -> Result<Option<Arc<CalibrationText>>, CompressError> {
+    match &recipe.calibration.texts {
+        Some(texts) if recipe.needs_text() => {
+            sample(texts, encode, recipe.calibration.tokens, N_HELD_OUT, recipe.seed).map(|text| Some(Arc::new(text)))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Bytes that a model of this shape takes at most: every matrix INT8 with its scales, and what stands beside it.
+fn estimated_bytes(spec: &Architecture) -> u64 {
+    let rows = spec.vocab_size + spec.positions.table_len + spec.n_token_types;
+    let tables = rows as u64 * (spec.d_model as u64 + 4);
+    let linears: u64 = linear_macs_per_token(&spec.layers, spec.d_model);
+    // Biases, scales, norms: a few vectors a layer, as wide as the widest.
+    let vectors: usize =
+        spec.layers.iter().map(|layer| 8 * (layer.d_ffn + 4 * layer.d_context() + 6 * spec.d_model)).sum();
+    tables + linears + vectors as u64
+}
+
+/// Refuses when the file system of `out` has less room than the artefact takes.
+fn check_space(out: &Path, spec: &Architecture, tokenizer_bytes: u64) -> Result<(), CompressError> {
+    // The target's folder may have to be made first: then what holds is the nearest that exists.
+    let absolute = std::path::absolute(out).unwrap_or_else(|_| out.to_owned());
+    let Some(existing) = absolute.ancestors().skip(1).find(|dir| dir.is_dir()) else { return Ok(()) };
+    // A file system that cannot tell its free space is not a reason to refuse.
+    let Ok(system) = rustix::fs::statvfs(existing) else { return Ok(()) };
+    let free = system.f_bavail.saturating_mul(system.f_frsize);
+    let needed = estimated_bytes(spec) + tokenizer_bytes;
+    if free < needed { Err(CompressError::NoSpace { path: existing.to_owned(), free, needed }) } else { Ok(()) }
 }

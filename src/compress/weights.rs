@@ -1,10 +1,13 @@
-//! A model under work: all weights in memory as f32, in shapes that passes may change.
+//! A model under work: all weights in memory as f32, in shapes that passes may change, and the stored form of those
+//! matrices that a pass has fixed.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::CompressError;
+use super::passes::MatrixReport;
+use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
 use crate::model::{Architecture, LinearSlot, NormSlot};
@@ -23,25 +26,14 @@ pub struct DenseLinear {
     pub bias: Vec<f32>,
 }
 
-#[derive(Debug)]
-struct Tables {
-    word: Vec<f32>,
-    position: Vec<f32>,
-    token_type: Option<Vec<f32>>,
-}
-
-/// The model under work. Clones share the embedding tables.
+/// The model under work. Clones share embedding tables and stored forms.
 #[derive(Debug, Clone)]
 pub struct Weights {
     architecture: Architecture,
     linears: BTreeMap<LinearSlot, DenseLinear>,
     norms: BTreeMap<NormSlot, NormWeights>,
-    tables: Arc<Tables>,
-}
-
-/// Every linear layer of a layer.
-pub(super) fn slots(layer: usize) -> [LinearSlot; 4] {
-    [LinearSlot::Qkv(layer), LinearSlot::AttentionOut(layer), LinearSlot::FfnUp(layer), LinearSlot::FfnDown(layer)]
+    tables: BTreeMap<MatrixSlot, Arc<Vec<f32>>>,
+    forms: BTreeMap<MatrixSlot, Arc<Weight<'static>>>,
 }
 
 impl Weights {
@@ -55,7 +47,7 @@ impl Weights {
         let mut norms = BTreeMap::new();
         norms.insert(NormSlot::Embedding, source.norm(NormSlot::Embedding)?);
         for layer in 0..architecture.layers.len() {
-            for slot in slots(layer) {
+            for slot in linear_slots(layer) {
                 let LinearWeights { n_out, n_in, weight, bias } = source.linear(slot)?;
                 linears.insert(slot, DenseLinear { n_out, n_in, weight: weight.to_f32(n_in), bias });
             }
@@ -63,14 +55,16 @@ impl Weights {
                 norms.insert(slot, source.norm(slot)?);
             }
         }
-        let tables = source.tables()?;
         let width = architecture.d_model;
-        let tables = Arc::new(Tables {
-            word: tables.word.to_f32(width),
-            position: tables.position.to_f32(width),
-            token_type: tables.token_type.map(|table| table.to_f32(width)),
-        });
-        Ok(Self { architecture, linears, norms, tables })
+        let found = source.tables()?;
+        let mut tables = BTreeMap::from([
+            (MatrixSlot::Word, Arc::new(found.word.to_f32(width))),
+            (MatrixSlot::Position, Arc::new(found.position.to_f32(width))),
+        ]);
+        if let Some(table) = found.token_type {
+            tables.insert(MatrixSlot::TokenType, Arc::new(table.to_f32(width)));
+        }
+        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new() })
     }
 
     /// The model's shape.
@@ -85,7 +79,7 @@ impl Weights {
         &self.linears[&slot]
     }
 
-    /// Replaces the numbers of a linear layer.
+    /// Replaces the numbers of a linear layer; a form that was stored before no longer holds.
     ///
     /// # Panics
     /// If the shape changes: that is what [`Weights::keep_heads`] and [`Weights::keep_neurons`] are for.
@@ -94,6 +88,102 @@ impl Weights {
         assert!(weight.len() == linear.weight.len() && bias.len() == linear.bias.len(), "{slot} changes its shape");
         linear.weight = weight;
         linear.bias = bias;
+        self.forms.remove(&MatrixSlot::Linear(slot));
+    }
+
+    /// Replaces a bias; the matrix and its form stay.
+    ///
+    /// # Panics
+    /// If the length changes.
+    pub fn replace_bias(&mut self, slot: LinearSlot, bias: Vec<f32>) {
+        let linear = self.linears.get_mut(&slot).expect("every slot of the architecture was loaded");
+        assert!(bias.len() == linear.bias.len(), "{slot} changes its shape");
+        linear.bias = bias;
+    }
+
+    /// Every matrix: tables first, then layer by layer.
+    #[must_use]
+    pub fn slots(&self) -> Vec<MatrixSlot> {
+        let tables = self.tables.keys().copied();
+        tables.chain(self.linears.keys().map(|&slot| MatrixSlot::Linear(slot))).collect()
+    }
+
+    /// The numbers of a matrix, row-major: those of its stored form, when it has one.
+    ///
+    /// # Panics
+    /// If the model has no such matrix.
+    #[must_use]
+    pub fn values(&self, slot: MatrixSlot) -> &[f32] {
+        match slot {
+            MatrixSlot::Linear(slot) => &self.linears[&slot].weight,
+            table => &self.tables[&table],
+        }
+    }
+
+    /// `(rows, columns)` of a matrix.
+    ///
+    /// # Panics
+    /// If the model has no such matrix.
+    #[must_use]
+    pub fn shape(&self, slot: MatrixSlot) -> (usize, usize) {
+        match slot {
+            MatrixSlot::Linear(slot) => (self.linears[&slot].n_out, self.linears[&slot].n_in),
+            table => (self.tables[&table].len() / self.architecture.d_model, self.architecture.d_model),
+        }
+    }
+
+    /// Fixes how a matrix is stored, and replaces its numbers by what that form stands for.
+    ///
+    /// # Panics
+    /// If the model has no such matrix or the form is of another shape.
+    pub fn store(&mut self, slot: MatrixSlot, form: Weight<'static>) {
+        let values = form.to_f32(self.shape(slot).1);
+        assert!(values.len() == self.values(slot).len(), "{slot} changes its shape");
+        match slot {
+            MatrixSlot::Linear(linear) => {
+                self.linears.get_mut(&linear).expect("its shape was found").weight = values;
+            }
+            table => drop(self.tables.insert(table, Arc::new(values))),
+        }
+        self.forms.insert(slot, Arc::new(form));
+    }
+
+    /// How a matrix is stored, when a pass has fixed it; others get INT8 per row when they are written.
+    #[must_use]
+    pub fn form(&self, slot: MatrixSlot) -> Option<&Weight<'static>> {
+        self.forms.get(&slot).map(|form| &**form)
+    }
+
+    /// Bytes of a matrix as it would be written.
+    #[must_use]
+    pub fn matrix_bytes(&self, slot: MatrixSlot) -> u64 {
+        let (rows, cols) = self.shape(slot);
+        (match self.form(slot) {
+            Some(Weight::F32(values)) => 4 * values.len(),
+            Some(Weight::Int8 { codes, scale }) => codes.len() + 4 * scale.len(),
+            None => rows * cols + 4 * rows,
+        }) as u64
+    }
+
+    /// Bytes of all tensors as they would be written.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let matrices: u64 = self.slots().into_iter().map(|slot| self.matrix_bytes(slot)).sum();
+        let biases: usize = self.linears.values().map(|linear| linear.bias.len()).sum();
+        let norms: usize = self.norms.values().map(|norm| norm.gain.len() + norm.bias.len()).sum();
+        matrices + 4 * (biases + norms) as u64
+    }
+
+    /// A report's line on a matrix as it is stored now.
+    #[must_use]
+    pub fn report(&self, slot: MatrixSlot) -> MatrixReport {
+        let form = match self.form(slot) {
+            None => "",
+            Some(Weight::F32(_)) => "f32",
+            Some(Weight::Int8 { .. }) => "int8-per-row",
+        };
+        let bits = self.matrix_bytes(slot) as f64 * 8.0 / self.values(slot).len() as f64;
+        MatrixReport { form: form.to_owned(), bits: Some(bits), ..slot.report() }
     }
 
     /// Keeps only `heads` (indices in rising order) of a layer.
@@ -123,6 +213,13 @@ impl Weights {
         Ok(())
     }
 
+    fn lend(&self, slot: MatrixSlot) -> Weight<'_> {
+        match self.form(slot) {
+            Some(form) => form.clone(),
+            None => Weight::F32(Cow::Borrowed(self.values(slot))),
+        }
+    }
+
     fn edit(&mut self, layer: usize, edit: impl FnOnce(&mut crate::model::LayerConfig)) -> Result<(), CompressError> {
         let mut spec = self.architecture.spec();
         edit(&mut spec.layers[layer]);
@@ -136,6 +233,7 @@ impl Weights {
         linear.weight = rows.iter().flat_map(|row| &linear.weight[row * n_in..(row + 1) * n_in]).copied().collect();
         linear.bias = rows.iter().map(|&row| linear.bias[row]).collect();
         linear.n_out = rows.len();
+        self.forms.remove(&MatrixSlot::Linear(slot));
     }
 
     fn keep_columns(&mut self, slot: LinearSlot, columns: &[usize]) {
@@ -143,6 +241,7 @@ impl Weights {
         linear.weight =
             linear.weight.chunks_exact(linear.n_in).flat_map(|row| columns.iter().map(|&col| row[col])).collect();
         linear.n_in = columns.len();
+        self.forms.remove(&MatrixSlot::Linear(slot));
     }
 }
 
@@ -153,7 +252,7 @@ impl WeightSource for Weights {
 
     fn linear(&self, slot: LinearSlot) -> Result<LinearWeights<'_>, CheckpointError> {
         let linear = self.dense(slot);
-        let weight = Weight::F32(Cow::Borrowed(&linear.weight));
+        let weight = self.lend(MatrixSlot::Linear(slot));
         Ok(LinearWeights { n_out: linear.n_out, n_in: linear.n_in, weight, bias: linear.bias.clone() })
     }
 
@@ -162,11 +261,10 @@ impl WeightSource for Weights {
     }
 
     fn tables(&self) -> Result<TableWeights<'_>, CheckpointError> {
-        let borrow = |values| Weight::F32(Cow::Borrowed(values));
         Ok(TableWeights {
-            word: borrow(&self.tables.word[..]),
-            position: borrow(&self.tables.position[..]),
-            token_type: self.tables.token_type.as_deref().map(borrow),
+            word: self.lend(MatrixSlot::Word),
+            position: self.lend(MatrixSlot::Position),
+            token_type: self.tables.contains_key(&MatrixSlot::TokenType).then(|| self.lend(MatrixSlot::TokenType)),
         })
     }
 }

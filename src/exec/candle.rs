@@ -9,7 +9,7 @@ mod attention;
 mod build;
 mod gelu;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::layer_norm_slow;
 
 use crate::model::{
@@ -95,6 +95,7 @@ impl CandleNorm {
 pub fn activate(x: Tensor, then: Activation) -> candle_core::Result<Tensor> {
     match then {
         Activation::Identity => Ok(x),
+        Activation::Gelu if x.dtype() == DType::F64 => x.gelu_erf(),
         Activation::Gelu => gelu::gelu(&x),
         Activation::GeluTanh => x.gelu(),
         Activation::Relu => x.relu(),
@@ -106,7 +107,11 @@ fn index(rows: Vec<u32>) -> candle_core::Result<Tensor> {
     Tensor::from_vec(rows, len, &Device::Cpu)
 }
 
-fn embed(tables: &CandleTables, norm: &CandleNorm, batch: &Ragged<'_>) -> candle_core::Result<Tensor> {
+/// `word[id] + position[p] + type[t]`: `[n_tokens, d_model]`, before the LayerNorm.
+///
+/// # Errors
+/// If candle fails.
+pub fn embedding_sum(tables: &CandleTables, batch: &Ragged<'_>) -> candle_core::Result<Tensor> {
     let positions = batch.sequences().flat_map(|rows| 0..rows.len()).map(|position| {
         u32::try_from(tables.positions.row(position)).expect("Architecture::new limits the table to 2^20 rows")
     });
@@ -118,7 +123,7 @@ fn embed(tables: &CandleTables, norm: &CandleNorm, batch: &Ragged<'_>) -> candle
         let types = batch.token_types().iter().map(|&token_type| u32::from(token_type)).collect();
         sum = sum.add(&table.index_select(&index(types)?, 0)?)?;
     }
-    norm.apply(&sum)
+    Ok(sum)
 }
 
 fn pool(x: &Tensor, pooling: Pooling, batch: &Ragged<'_>) -> candle_core::Result<Tensor> {
@@ -156,7 +161,7 @@ impl Ops for CandleF32 {
     type Norm = CandleNorm;
 
     fn embed(&mut self, tables: &CandleTables, norm: &CandleNorm, batch: &Ragged<'_>) -> Result<Tensor, ModelError> {
-        embed(tables, norm, batch).map_err(ModelError::player)
+        embedding_sum(tables, batch).and_then(|sum| norm.apply(&sum)).map_err(ModelError::player)
     }
 
     fn linear(&mut self, linear: &CandleLinear, x: &Tensor, then: Activation) -> Result<Tensor, ModelError> {
@@ -182,7 +187,11 @@ impl Ops for CandleF32 {
     }
 
     fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<(), ModelError> {
-        let values = x.flatten_all().and_then(|x| x.to_vec1::<f32>()).map_err(ModelError::player)?;
+        let values = x
+            .flatten_all()
+            .and_then(|x| x.to_dtype(DType::F32))
+            .and_then(|x| x.to_vec1::<f32>())
+            .map_err(ModelError::player)?;
         out.extend_from_slice(&values);
         Ok(())
     }

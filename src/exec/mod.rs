@@ -9,4 +9,4 @@ mod load;
 pub mod timed;
 pub mod workspace;
 
-pub use load::candle_model;
+pub use load::{Runtime, candle_model};

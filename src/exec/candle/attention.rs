@@ -90,7 +90,8 @@ fn attend_group(qkv: &Tensor, spec: &AttentionSpec, lens: &[usize], max_len: usi
         let n_queries = block.min(max_len - start);
         let mut scores = queries.narrow(2, start, n_queries)?.contiguous()?.matmul(&keys)?;
         if masked {
-            scores = scores.broadcast_add(&mask(spec, lens, max_len, start..start + n_queries)?)?;
+            let mask = mask(spec, lens, max_len, start..start + n_queries)?;
+            scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
         }
         contexts.push(softmax(&scores, D::Minus1)?.matmul(&values)?);
     }

@@ -1,6 +1,6 @@
 //! Weights into candle tensors, as constants or as variables of a gradient.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::{CandleLinear, CandleNorm, CandleTables};
 use crate::checkpoint::{Checkpoint, CheckpointError, LinearWeights, NormWeights, TableWeights};
@@ -49,6 +49,7 @@ impl WeightSource for Checkpoint {
 pub struct CandleBuild<'a> {
     source: &'a dyn WeightSource,
     trainable: bool,
+    dtype: DType,
     vars: Vec<(String, Var)>,
 }
 
@@ -62,13 +63,20 @@ impl<'a> CandleBuild<'a> {
     /// Weights as constants.
     #[must_use]
     pub fn new(source: &'a dyn WeightSource) -> Self {
-        Self { source, trainable: false, vars: Vec::new() }
+        Self { source, trainable: false, dtype: DType::F32, vars: Vec::new() }
+    }
+
+    /// Weights as f64 constants: the whole forward is played in f64, in which the order of sums, which depends on the
+    /// machine, does not show in results rounded to f32.
+    #[must_use]
+    pub fn double(source: &'a dyn WeightSource) -> Self {
+        Self { source, trainable: false, dtype: DType::F64, vars: Vec::new() }
     }
 
     /// Weights as variables: gradients reach every one of them.
     #[must_use]
     pub fn trainable(source: &'a dyn WeightSource) -> Self {
-        Self { source, trainable: true, vars: Vec::new() }
+        Self { source, trainable: true, dtype: DType::F32, vars: Vec::new() }
     }
 
     /// The variables handed out so far, with names to tell them by.
@@ -78,7 +86,9 @@ impl<'a> CandleBuild<'a> {
     }
 
     fn tensor(&mut self, name: String, values: Vec<f32>, shape: &[usize]) -> Result<Tensor, ModelError> {
-        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).map_err(ModelError::player)?;
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)
+            .and_then(|tensor| tensor.to_dtype(self.dtype))
+            .map_err(ModelError::player)?;
         if !self.trainable {
             return Ok(tensor);
         }

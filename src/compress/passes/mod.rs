@@ -1,0 +1,156 @@
+//! What a recipe can ask for: one file per pass, one line in the list below.
+
+mod prune_structured;
+mod quantize;
+mod reconstruct;
+mod report;
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::CompressError;
+use super::calibration::CalibrationText;
+use super::progress::Progress;
+use super::weights::Weights;
+use crate::eval::Encode;
+use crate::exec::Runtime;
+use crate::model::Architecture;
+
+pub use prune_structured::PruneStructured;
+pub use quantize::{Format, Quantize};
+pub use reconstruct::Reconstruct;
+pub(super) use report::relative_error;
+pub use report::{LayerReport, MatrixReport, PassReport};
+
+/// What passes work on.
+pub struct Work<'a> {
+    /// The model as it came: the teacher of everything that is fitted.
+    pub dense: Weights,
+    /// The model under work.
+    pub model: Weights,
+    /// The calibration text, when a pass of the recipe needs it.
+    pub text: Option<Arc<CalibrationText>>,
+    /// Seed of every random choice.
+    pub seed: u64,
+    /// Text to token ids.
+    pub encode: &'a Encode<'a>,
+    /// The serving player on this machine, for what is measured rather than counted.
+    pub runtime: &'a Runtime,
+}
+
+impl std::fmt::Debug for Work<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Work").field("seed", &self.seed).finish_non_exhaustive()
+    }
+}
+
+impl Work<'_> {
+    /// The calibration text of a pass that [needs it](CompressionPass::needs_text).
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn text(&self) -> Result<Arc<CalibrationText>, CompressError> {
+        self.text.clone().ok_or(CompressError::NoText)
+    }
+}
+
+/// Where in a recipe a pass may stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Changes shapes or full-precision numbers; must come before any [`Stage::Store`].
+    Shape,
+    /// Fixes how matrices are stored.
+    Store,
+    /// Stands anywhere: what it does holds for stored matrices too.
+    Any,
+}
+
+/// A setting that cannot be, known before any work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The pass's field; empty when it is the pass as a whole.
+    pub field: &'static str,
+    /// What is wrong, with the values.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// Refuses a field's value.
+    pub fn new(field: &'static str, reason: impl Into<String>) -> Self {
+        Self { field, reason: reason.into() }
+    }
+}
+
+/// A pass: its fields are the TOML fields of its kind.
+pub trait CompressionPass {
+    /// Where it may stand.
+    fn stage(&self) -> Stage;
+
+    /// Whether it measures on calibration text.
+    fn needs_text(&self) -> bool;
+
+    /// One line for the manifest and the card.
+    fn summary(&self) -> String;
+
+    /// Refuses what can be known to be impossible for a model of this shape.
+    ///
+    /// # Errors
+    /// Naming the field.
+    fn check(&self, architecture: &Architecture) -> Result<(), Refusal>;
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// If a player or a factorisation fails.
+    fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError>;
+}
+
+/// The list of passes: the enum, its TOML names, and how each is read.
+macro_rules! passes {
+    ($($kind:literal => $name:ident),* $(,)?) => {
+        /// A pass of a recipe.
+        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[serde(tag = "kind")]
+        pub enum Pass {
+            $(#[doc = concat!("`", $kind, "`")] #[serde(rename = $kind)] $name($name),)*
+        }
+
+        impl Pass {
+            /// Every kind, by its name in recipes.
+            pub const KINDS: &'static [&'static str] = &[$($kind),*];
+
+            /// The name in recipes.
+            #[must_use]
+            pub fn kind(&self) -> &'static str {
+                match self { $(Self::$name(_) => $kind,)* }
+            }
+
+            /// What it does.
+            #[must_use]
+            pub fn behaviour(&self) -> &dyn CompressionPass {
+                match self { $(Self::$name(pass) => pass,)* }
+            }
+
+            /// Reads the fields of a kind; `None` if there is no such kind.
+            pub(super) fn read(
+                kind: &str,
+                fields: toml::de::ValueDeserializer<'_>,
+            ) -> Option<Result<Self, toml::de::Error>> {
+                match kind { $($kind => Some($name::deserialize(fields).map(Self::$name)),)* _ => None }
+            }
+        }
+
+        $(impl From<$name> for Pass {
+            fn from(pass: $name) -> Self {
+                Self::$name(pass)
+            }
+        })*
+    };
+}
+
+passes! {
+    "prune-structured" => PruneStructured,
+    "reconstruct" => Reconstruct,
+    "quantize" => Quantize,
+}

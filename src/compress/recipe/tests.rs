@@ -1,0 +1,95 @@
+use super::*;
+use crate::compress::passes::{PruneStructured, Quantize};
+use crate::model::{Activation, ArchitectureSpec, Family, LayerConfig, Pooling, Positions};
+
+fn architecture() -> Architecture {
+    let layer = LayerConfig { n_heads: 4, d_head: 8, d_ffn: 128, band: crate::model::Band::FULL };
+    Architecture::new(ArchitectureSpec {
+        family: Family::Bert,
+        vocab_size: 50,
+        n_token_types: 2,
+        positions: Positions { table_len: 16, offset: 0, tiled: false },
+        d_model: 32,
+        norm_eps: 1e-12,
+        activation: Activation::Gelu,
+        layers: vec![layer; 2],
+        pooling: Pooling::Mean,
+        normalize: true,
+        max_input_tokens: 16,
+    })
+    .unwrap()
+}
+
+fn parse(text: &str) -> Result<Recipe, CompressError> {
+    Recipe::parse(text, Path::new("r.toml"))
+}
+
+/// The message of a recipe that is refused, by its text or for the architecture above.
+fn refusal(text: &str) -> String {
+    let result = parse(text).and_then(|recipe| recipe.check(&architecture()));
+    result.expect_err(text).to_string()
+}
+
+#[test]
+fn every_mistake_names_its_line() {
+    let quantize = "[[pass]]\nkind = \"quantize\"\n";
+    for (text, line, words) in [
+        ("seed = \n", 1, "value"),
+        ("\nseed = -1\n", 2, "u64"),
+        ("seed = 0\nsed = 1\n", 2, "sed"),
+        ("[calibration]\ntexts = \"x\"\ntoken = 5\n", 3, "token"),
+        ("[[pass]]\nbits = 8\n", 1, "kind"),
+        ("# a\n\n[[pass]]\nkind = \"quantise\"\n", 4, "quantise"),
+        ("[[pass]]\nkind = 3\n", 2, "kind"),
+        ("pass = 3\n", 1, "[[pass]]"),
+        ("[[pass]]\nkind = \"quantize\"\nbit = 8\n", 3, "bit"),
+        ("[[pass]]\nkind = \"quantize\"\ngroup = \"fnn\"\n", 3, "fnn"),
+        ("[[pass]]\nkind = \"quantize\"\nbits = 300\n", 3, "300"),
+        ("[[pass]]\nkind = \"quantize\"\nbits = 9\n", 3, "9"),
+        (&format!("{quantize}\n[[pass]]\nkind = \"prune-structured\"\n\nheads = 0.95\n"), 7, "0.95"),
+        (&format!("{quantize}\n[[pass]]\nkind = \"prune-structured\"\nffn = nan\n"), 6, "NaN"),
+        ("[[pass]]\nkind = \"reconstruct\"\nridge = -1.0\n", 3, "-1"),
+        (&format!("{quantize}[[pass]]\nkind = \"reconstruct\"\n"), 3, "before"),
+        ("[[pass]]\nkind = \"reconstruct\"\n", 1, "--calibration"),
+    ] {
+        let message = refusal(text);
+        assert!(message.starts_with(&format!("r.toml:{line}: ")), "{text:?}: {message}");
+        assert!(message.contains(words) && !message.contains('\n'), "{text:?}: {message}");
+    }
+}
+
+#[test]
+fn what_flags_set_is_named_by_the_flag() {
+    let mut recipe = Recipe::new(0);
+    let pass = PruneStructured { heads: 0.9, ..PruneStructured::default() };
+    recipe.push(pass, &[("heads", "--prune-heads")]);
+    let message = recipe.check(&architecture()).unwrap_err().to_string();
+    assert!(message.starts_with("--prune-heads: 0.9 "), "{message}");
+}
+
+#[test]
+fn a_recipe_written_out_is_the_same_recipe() {
+    let mut recipe = Recipe::new(7);
+    recipe.calibration.texts = Some("somewhere/texts".into());
+    recipe.push(PruneStructured { heads: 0.25, ..PruneStructured::default() }, &[]);
+    recipe.push(Quantize::default(), &[]);
+    let text = recipe.to_toml();
+    assert!(!text.contains("somewhere"), "{text}");
+    let read = parse(&text).unwrap();
+    assert_eq!((read.seed, read.calibration.tokens), (7, 30_000));
+    let passes = |recipe: &Recipe| recipe.steps.iter().map(|step| step.pass.clone()).collect::<Vec<_>>();
+    assert_eq!(passes(&read), passes(&recipe));
+    assert_eq!(read.to_toml(), text);
+    assert!(parse("").unwrap().steps.is_empty(), "an empty recipe is plain INT8");
+}
+
+#[test]
+fn texts_stand_relative_to_the_recipe() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r.toml");
+    std::fs::write(&path, "[calibration]\ntexts = \"t.txt\"\n").unwrap();
+    assert_eq!(Recipe::read(&path).unwrap().calibration.texts, Some(dir.path().join("t.txt")));
+    std::fs::write(&path, b"name = \"\xff\"\n").unwrap();
+    assert!(Recipe::read(&path).unwrap_err().to_string().ends_with("r.toml:1: is not UTF-8 text"));
+    assert!(Recipe::read(&dir.path().join("none.toml")).unwrap_err().to_string().contains("none.toml"));
+}

@@ -1,0 +1,254 @@
+//! `niwaki compress` as a whole, through the binary: what comes out is served, the same inputs give the same bytes, and
+//! what is refused or killed leaves nothing that looks finished.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use niwaki::checkpoint::Checkpoint;
+
+const PRUNING: &str = r#"
+seed = 3
+[calibration]
+texts = "texts.txt"
+tokens = 2000
+[[pass]]
+kind = "prune-structured"
+heads = 0.3
+[[pass]]
+kind = "reconstruct"
+"#;
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bert")
+}
+
+fn niwaki() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_niwaki"));
+    command.env_remove("MODEL").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// `niwaki compress --model SOURCE --out OUT ARGS…`
+fn compress(out: &Path, args: &[&str]) -> Output {
+    niwaki().arg("compress").arg("--model").arg(source()).arg("--out").arg(out).args(args).output().unwrap()
+}
+
+fn succeeded(output: &Output) -> String {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Calibration text of `n` lines, and the recipe beside it.
+fn write_recipe(dir: &Path, recipe: &str, n: usize) -> String {
+    fs::create_dir_all(dir).unwrap();
+    let golden = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/texts.txt")).unwrap();
+    let lines: Vec<&str> = golden.lines().filter(|line| !line.trim().is_empty()).collect();
+    let texts: String = (0..n).map(|i| format!("{} {i}\n", lines[i % lines.len()])).collect();
+    fs::write(dir.join("texts.txt"), texts).unwrap();
+    let path = dir.join("recipe.toml");
+    fs::write(&path, recipe).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// Every file below `dir` with its bytes.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    fn walk(root: &Path, dir: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(root, &path, files);
+            } else {
+                files.insert(path.strip_prefix(root).unwrap().display().to_string(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    walk(dir, dir, &mut found);
+    found
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().display().to_string()).collect();
+    names.sort();
+    names
+}
+
+/// Starts `niwaki serve`, which answers only after its golden self-check has passed, and asks it for its health and the
+/// check's result.
+fn serves(artefact: &Path) {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let mut server = niwaki()
+        .args(["serve", "--hostname", "127.0.0.1", "--port", &port, "--model"])
+        .arg(artefact)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let healthy = loop {
+        if niwaki().args(["health", "--port", &port]).output().unwrap().status.success() {
+            break true;
+        }
+        if server.try_wait().unwrap().is_some() || Instant::now() > deadline {
+            break false;
+        }
+        std::thread::sleep(Duration::from_millis(30));
+    };
+    drop(server.kill());
+    server.wait().unwrap();
+    assert!(healthy, "{} is not served", artefact.display());
+}
+
+#[test]
+fn plain_int8_is_served_evaluated_and_reproducible() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("elsewhere/b"));
+    let said = succeeded(&compress(&a, &[]));
+    assert!(said.contains("cosine to the uncompressed model"), "{said}");
+    succeeded(&compress(&b, &["--seed", "0"]));
+    assert_eq!(files(&a), files(&b), "the same settings give the same bytes, wherever they are written");
+    serves(&a);
+
+    let manifest = Checkpoint::open(&a).unwrap().manifest().unwrap().clone();
+    assert_eq!(manifest.golden.len(), 8);
+    assert!(manifest.golden.iter().all(|golden| golden.cosine > 0.99), "{:?}", manifest.quality);
+    for (name, bytes) in files(&a).iter().filter(|(name, _)| *name != "niwaki.json") {
+        assert_eq!(manifest.files.get(name), Some(&niwaki::checkpoint::sha256_hex(bytes)), "{name}");
+    }
+
+    let texts = dir.path().join("texts.txt");
+    fs::write(&texts, "a tree\nin the garden\n").unwrap();
+    let mut eval = niwaki();
+    eval.args(["eval", "--json", "--texts"]).arg(texts).arg("--reference").arg(source()).arg("--model").arg(&a);
+    let report: serde_json::Value = serde_json::from_str(&succeeded(&eval.output().unwrap())).unwrap();
+    assert!(report["fidelity"]["min"].as_f64().unwrap() > 0.99, "{report}");
+
+    let again = compress(&a, &[]);
+    assert_eq!(again.status.code(), Some(2), "an artefact is not overwritten without being asked to");
+    succeeded(&compress(&a, &["--force"]));
+}
+
+#[test]
+fn a_recipe_with_text_is_served_and_reproducible_from_what_the_artefact_carries() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let recipe = write_recipe(&dir.path().join("here"), PRUNING, 300);
+    succeeded(&compress(&a, &["--recipe", &recipe]));
+    serves(&a);
+    let artefact = Checkpoint::open(&a).unwrap();
+    let pruning = artefact.manifest().unwrap().pruning.clone().unwrap();
+    assert_eq!(pruning.heads.iter().map(|(_, after)| after).sum::<usize>(), 4, "{pruning:?}");
+    assert_eq!(artefact.architecture().layers.iter().map(|layer| layer.n_heads).sum::<usize>(), 4);
+
+    // From the artefact's own recipe, with the text under another name in another folder.
+    let text = dir.path().join("other.txt");
+    fs::rename(dir.path().join("here/texts.txt"), &text).unwrap();
+    let carried = a.join("recipe.toml");
+    succeeded(&compress(&b, &["--recipe", carried.to_str().unwrap(), "--calibration", text.to_str().unwrap()]));
+    assert_eq!(files(&a), files(&b));
+    // Another seed takes other texts.
+    let c = dir.path().join("c");
+    let other = ["--recipe", carried.to_str().unwrap(), "--calibration", text.to_str().unwrap(), "--seed", "4"];
+    succeeded(&compress(&c, &other));
+    assert_ne!(files(&a)["model.safetensors"], files(&c)["model.safetensors"]);
+}
+
+#[test]
+fn what_is_refused_names_its_place_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("place");
+    fs::create_dir(&place).unwrap();
+    let out = place.join("out");
+    let recipes = dir.path().join("recipes");
+    let write = |text: &str| write_recipe(&recipes, text, 20);
+    let check = |args: &[&str], words: &[&str]| {
+        let output = compress(&out, args);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {errors}");
+        assert_eq!(errors.lines().count(), 1, "refused before any work, in one line: {errors}");
+        assert!(words.iter().all(|word| errors.contains(word)), "{args:?}: {errors}");
+        assert_eq!(entries(&place), [""; 0], "{args:?}");
+    };
+    let recipe = write("[[pass]]\nkind = \"prune\"\n");
+    check(&["--recipe", &recipe], &["recipe.toml:2: ", "`prune`", "prune-structured"]);
+    write("[[pass]]\nkind = \"quantize\"\nbits = 5\n");
+    check(&["--recipe", &recipe], &["recipe.toml:3: ", "5"]);
+    write("[[pass]]\nkind = \"prune-structured\"\nheads = 0.9\n[calibration]\ntexts = \"texts.txt\"\n");
+    check(&["--recipe", &recipe], &["recipe.toml:3: ", "0.9", "layers"]);
+    write(&PRUNING.replace("texts.txt", "none.txt"));
+    check(&["--recipe", &recipe], &["none.txt", "No such file"]);
+    write(&PRUNING.replace("2000", "0"));
+    check(&["--recipe", &recipe], &["0 tokens"]);
+    write(PRUNING);
+    fs::write(recipes.join("texts.txt"), "\n  \n").unwrap();
+    check(&["--recipe", &recipe], &["texts.txt"]);
+    fs::write(recipes.join("texts.txt"), b"\x80binary\n").unwrap();
+    check(&["--recipe", &recipe], &["texts.txt", "UTF-8"]);
+    check(&["--recipe", "/nowhere/recipe.toml"], &["/nowhere/recipe.toml"]);
+    check(&["--prune-heads", "0.3"], &["--calibration"]);
+    check(&["--prune-heads", "0.9"], &["--prune-heads: 0.9"]);
+}
+
+/// Kills a run when `when` says so; afterwards either nothing stands at the target or a whole artefact.
+fn killed(place: &Path, args: &[&str], when: impl Fn(&Path, Instant) -> bool) -> bool {
+    let out = place.join("out");
+    let mut run = niwaki()
+        .arg("compress")
+        .arg("--model")
+        .arg(source())
+        .arg("--out")
+        .arg(&out)
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !when(place, started) && run.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    drop(run.kill());
+    let finished = run.wait().unwrap().success();
+    if out.exists() {
+        let manifest = Checkpoint::open(&out).unwrap().manifest().unwrap().clone();
+        let found = files(&out);
+        assert!(manifest.golden.len() == 8 && manifest.files.len() == found.len() - 1, "half an artefact");
+        for (name, sha256) in &manifest.files {
+            assert_eq!(sha256, &niwaki::checkpoint::sha256_hex(&found[name]), "{name}");
+        }
+        fs::remove_dir_all(&out).unwrap();
+    }
+    // What remains is hidden, and named as what it is.
+    assert!(entries(place).iter().all(|name| name.starts_with(".niwaki-building-")), "{:?}", entries(place));
+    finished
+}
+
+#[test]
+fn a_killed_run_leaves_nothing_that_looks_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = write_recipe(&dir.path().join("recipes"), &PRUNING.replace("2000", "400000"), 20_000);
+    let place = dir.path().join("passes");
+    fs::create_dir(&place).unwrap();
+    let finished = killed(&place, &["--recipe", &recipe], |_, started| started.elapsed() > Duration::from_millis(500));
+    assert!(!finished, "the run was over before it could be killed");
+    assert_eq!(entries(&place), [""; 0], "during the passes nothing stands beside the target");
+    // While the artefact is being written and measured, at several moments.
+    for delay in [0, 2, 5, 10, 20, 40] {
+        let place = dir.path().join(format!("writing-{delay}"));
+        fs::create_dir(&place).unwrap();
+        let begun = std::cell::Cell::new(None);
+        killed(&place, &[], |place, _| {
+            if begun.get().is_none() && !entries(place).is_empty() {
+                begun.set(Some(Instant::now()));
+            }
+            begun.get().is_some_and(|at| at.elapsed() >= Duration::from_millis(delay))
+        });
+    }
+}
