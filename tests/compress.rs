@@ -160,6 +160,93 @@ fn a_recipe_with_text_is_served_and_reproducible_from_what_the_artefact_carries(
     assert_ne!(files(&a)["model.safetensors"], files(&c)["model.safetensors"]);
 }
 
+const FOUR_BITS: &str = r#"
+[calibration]
+texts = "texts.txt"
+tokens = 3000
+[[pass]]
+kind = "smooth"
+[[pass]]
+kind = "sensitivity"
+[[pass]]
+kind = "quantize"
+group = "embedding"
+format = "kmeans"
+bits = 4
+compensate = "gptq"
+[[pass]]
+kind = "quantize"
+group = "attention"
+format = "nf4"
+bits = 4
+per = "group"
+group_size = 16
+weighting = "fisher"
+[[pass]]
+kind = "quantize"
+group = "ffn"
+bits = 4
+symmetric = false
+compensate = "gptq"
+refit = true
+[[pass]]
+kind = "correct-bias"
+"#;
+
+#[test]
+fn four_bits_of_every_kind_are_stored_served_and_reproducible() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let recipe = write_recipe(&dir.path().join("here"), FOUR_BITS, 600);
+    succeeded(&compress(&a, &["--recipe", &recipe]));
+    succeeded(&compress(&b, &["--recipe", &recipe]));
+    assert_eq!(files(&a), files(&b));
+    serves(&a);
+    let manifest = Checkpoint::open(&a).unwrap().manifest().unwrap().clone();
+    let quality = manifest.quality.unwrap();
+    assert!(quality.n_texts > 50 && quality.cosine_mean > 0.97, "{quality:?}");
+    assert_eq!(manifest.schemes["embeddings"], "codebook4-per-row");
+    assert_eq!(manifest.schemes["attention.weight"], "codebook4-per-group");
+    // Rounded to the nearest without weights, compensation or corrected biases it is worse.
+    let plain = FOUR_BITS.replace("compensate = \"gptq\"\nrefit = true\n", "").replace("compensate = \"gptq\"\n", "");
+    let plain = plain.replace("weighting = \"fisher\"\n", "").replace("[[pass]]\nkind = \"correct-bias\"\n", "");
+    fs::write(&recipe, plain).unwrap();
+    let c = dir.path().join("c");
+    succeeded(&compress(&c, &["--recipe", &recipe]));
+    let nearest = Checkpoint::open(&c).unwrap().manifest().unwrap().quality.clone().unwrap();
+    assert!(nearest.cosine_mean < quality.cosine_mean, "{nearest:?} {quality:?}");
+}
+
+#[test]
+fn mixed_precision_meets_its_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = |budget: &str| {
+        format!(
+            "[calibration]\ntexts = \"texts.txt\"\ntokens = 2000\n[[pass]]\nkind = \"mixed-precision\"\n{budget}\n\
+             store = {{ bits = 4, format = \"kmeans\" }}\n"
+        )
+    };
+    let make = |name: &str, budget: &str| {
+        let out = dir.path().join(name);
+        let path = write_recipe(&dir.path().join("recipes"), &recipe(budget), 600);
+        succeeded(&compress(&out, &["--recipe", &path]));
+        serves(&out);
+        Checkpoint::open(&out).unwrap().manifest().unwrap().clone()
+    };
+    let int8 = dir.path().join("int8");
+    succeeded(&compress(&int8, &[]));
+    let whole = Checkpoint::open(&int8).unwrap().manifest().unwrap().size.artefact_bytes;
+    let budget = whole as f64 / 1e6 * 0.85;
+    let small = make("small", &format!("megabytes = {budget}"));
+    assert!(small.size.artefact_bytes as f64 <= budget * 1e6, "{:?} in {budget}", small.size);
+    assert!(small.schemes.values().any(|form| form.contains(", ")), "both forms: {:?}", small.schemes);
+    let close = make("close", "loss = 0.0005");
+    assert!(close.quality.unwrap().cosine_mean > 0.99);
+    let path = write_recipe(&dir.path().join("recipes"), &recipe(&format!("megabytes = {}", budget * 0.5)), 600);
+    let refused = compress(&dir.path().join("none"), &["--recipe", &path]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("cannot be met"));
+}
+
 #[test]
 fn what_is_refused_names_its_place_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,15 +1,19 @@
 //! The finished model as files.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
 use super::CompressError;
-use super::slots::{Group, linear_slots};
+use super::slots::{Group, MatrixSlot};
 use super::weights::Weights;
-use crate::checkpoint::{ArtefactDir, Checkpoint, CheckpointError, Dtype, TensorOut, hf_names, write_safetensors};
+use crate::checkpoint::{
+    ArtefactDir, Checkpoint, CheckpointError, Dtype, TensorOut, hf_names, linear_tensors, matrix_tensors,
+    write_safetensors,
+};
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, LinearSlot, NormSlot, Pooling};
+use crate::model::{Architecture, NormSlot, Pooling};
 use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// The weights file.
@@ -53,31 +57,13 @@ fn f32_tensor(name: String, shape: Vec<usize>, values: &[f32]) -> TensorOut<'sta
     TensorOut { name, dtype: Dtype::F32, shape, data: bytemuck::cast_slice(values).to_vec().into() }
 }
 
-/// The tensors of a matrix in its stored form; INT8 per row when no pass has fixed one.
-fn matrix_tensors(name: &str, form: Weight<'_>, cols: usize) -> Vec<TensorOut<'static>> {
-    let (codes, scale) = match form {
-        Weight::Int8 { codes, scale } => (codes.into_owned(), scale.into_owned()),
-        Weight::F32(values) => quantize_rows_symmetric(&values, cols),
-    };
-    let rows = scale.len();
-    vec![
-        TensorOut {
-            name: name.to_owned(),
-            dtype: Dtype::I8,
-            shape: vec![rows, cols],
-            data: bytemuck::cast_slice(&codes).to_vec().into(),
-        },
-        f32_tensor(format!("{name}{}", hf_names::SCALE_SUFFIX), vec![rows, 1], &scale),
-    ]
-}
-
-/// The rows `rows` of a matrix: linear layers that are played as one stand apart in files.
-fn rows_of(form: &Weight<'_>, rows: std::ops::Range<usize>, cols: usize) -> Weight<'static> {
-    let elements = rows.start * cols..rows.end * cols;
-    match form {
-        Weight::F32(values) => Weight::F32(values[elements].to_vec().into()),
-        Weight::Int8 { codes, scale } => {
-            Weight::Int8 { codes: codes[elements].to_vec().into(), scale: scale[rows].to_vec().into() }
+/// The form that a matrix is written in: INT8 per row when no pass has fixed one.
+fn form_of(model: &Weights, slot: MatrixSlot) -> Cow<'_, Weight<'static>> {
+    match model.form(slot) {
+        Some(form) => Cow::Borrowed(form),
+        None => {
+            let (codes, scale) = quantize_rows_symmetric(model.values(slot), model.shape(slot).1);
+            Cow::Owned(Weight::Int8 { codes: codes.into(), scale: scale.into() })
         }
     }
 }
@@ -87,18 +73,23 @@ pub(super) fn tensors(model: &Weights) -> Result<Vec<TensorOut<'static>>, Compre
     let spec = model.architecture();
     let width = spec.d_model;
     let mut out = Vec::new();
-    let tables = model.tables()?;
-    out.extend(matrix_tensors(hf_names::WORD_EMBEDDING, tables.word, width));
-    out.extend(matrix_tensors(hf_names::POSITION_EMBEDDING, tables.position, width));
-    if let Some(table) = tables.token_type {
-        out.extend(matrix_tensors(hf_names::TOKEN_TYPE_EMBEDDING, table, width));
+    for slot in model.slots() {
+        let form = form_of(model, slot);
+        let (rows, cols) = model.shape(slot);
+        let name = match slot {
+            MatrixSlot::Linear(linear) => {
+                out.extend(linear_tensors(spec.family, linear, &form, &model.dense(linear).bias, cols));
+                continue;
+            }
+            MatrixSlot::Word => hf_names::WORD_EMBEDDING,
+            MatrixSlot::Position => hf_names::POSITION_EMBEDDING,
+            MatrixSlot::TokenType => hf_names::TOKEN_TYPE_EMBEDDING,
+        };
+        out.extend(matrix_tensors(name, &form, rows, cols));
     }
     let mut norms = vec![NormSlot::Embedding];
     for layer in 0..spec.layers.len() {
         norms.extend([NormSlot::Attention(layer), NormSlot::Ffn(layer)]);
-        for slot in linear_slots(layer) {
-            out.extend(linear_tensors(spec, model, slot)?);
-        }
     }
     for slot in norms {
         let norm = model.norm(slot)?;
@@ -109,33 +100,22 @@ pub(super) fn tensors(model: &Weights) -> Result<Vec<TensorOut<'static>>, Compre
     Ok(out)
 }
 
-fn linear_tensors(
-    spec: &Architecture,
-    model: &Weights,
-    slot: LinearSlot,
-) -> Result<Vec<TensorOut<'static>>, CompressError> {
-    let linear = model.linear(slot)?;
-    let modules = hf_names::linear_modules(spec.family, slot);
-    let rows = linear.n_out / modules.len();
-    let mut out = Vec::new();
-    for (index, (module, bias)) in modules.iter().zip(linear.bias.chunks_exact(rows)).enumerate() {
-        let part = rows_of(&linear.weight, index * rows..(index + 1) * rows, linear.n_in);
-        out.extend(matrix_tensors(&format!("{module}.weight"), part, linear.n_in));
-        out.push(f32_tensor(format!("{module}.bias"), vec![rows], bias));
-    }
-    Ok(out)
-}
-
-/// The source's `config.json` with a `quantization_config` in the compressed-tensors layout. Widths that pruning made
+/// The source's `config.json` with a `quantization_config` in the compressed-tensors layout, which has no word for forms
+/// other than INT8: then it names this program alone. Widths that pruning made
 /// differ from layer to layer have no place in that file; they are in the manifest.
-fn config(source: &Checkpoint) -> Result<Value, CompressError> {
+fn config(source: &Checkpoint, model: &Weights) -> Result<Value, CompressError> {
     let file = "config.json";
     let json = |source| CheckpointError::Json { file: file.to_owned(), source };
     let bytes = read_source(source, file)?.unwrap_or_else(|| b"{}".to_vec());
     let mut config: Value = serde_json::from_slice(&bytes).map_err(json)?;
     let weights = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false});
     let inputs = json!({"num_bits": 8, "type": "int", "symmetric": false, "strategy": "token", "dynamic": true});
-    if let Some(config) = config.as_object_mut() {
+    let all_int8 = model.slots().into_iter().all(|slot| matches!(model.form(slot), None | Some(Weight::Int8 { .. })));
+    if let Some(config) = config.as_object_mut()
+        && !all_int8
+    {
+        config.insert("quantization_config".to_owned(), json!({"quant_method": "niwaki"}));
+    } else if let Some(config) = config.as_object_mut() {
         config.insert(
             "quantization_config".to_owned(),
             json!({
@@ -177,13 +157,11 @@ fn pretty(value: &Value) -> Vec<u8> {
 }
 
 /// The files beside the weights and the manifest.
-pub(super) fn side_files(
-    source: &Checkpoint,
-    architecture: &Architecture,
-) -> Result<BTreeMap<String, Vec<u8>>, CompressError> {
+pub(super) fn side_files(source: &Checkpoint, model: &Weights) -> Result<BTreeMap<String, Vec<u8>>, CompressError> {
+    let architecture = model.architecture();
     let mut files = BTreeMap::from([
         ("tokenizer.json".to_owned(), source.tokenizer_json().to_vec()),
-        ("config.json".to_owned(), pretty(&config(source)?)),
+        ("config.json".to_owned(), pretty(&config(source, model)?)),
         (
             "sentence_bert_config.json".to_owned(),
             pretty(&json!({"max_seq_length": architecture.max_input_tokens, "do_lower_case": false})),
@@ -229,11 +207,7 @@ fn pooling_config(architecture: &Architecture) -> Value {
 pub(super) fn write_weights(dir: &ArtefactDir, model: &Weights) -> Result<u64, CompressError> {
     let tensors = tensors(model)?;
     let n_bytes = tensors.iter().map(|tensor| tensor.data.len() as u64).sum();
-    let metadata = BTreeMap::from([
-        ("format".to_owned(), "pt".to_owned()),
-        ("generator".to_owned(), generator()),
-        ("quantization".to_owned(), "int8, one scale per row".to_owned()),
-    ]);
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), ("generator".to_owned(), generator())]);
     write_safetensors(&dir.path().join(WEIGHTS_FILE), tensors, &metadata)?;
     Ok(n_bytes)
 }

@@ -17,11 +17,14 @@ mod progress;
 mod prune;
 mod recipe;
 mod reconstruct;
+mod rounding;
 mod run;
-mod sparsity;
+mod sense;
 mod slots;
+mod sparsity;
 mod surgeon;
 mod vocabulary;
+mod walk;
 mod weights;
 
 pub use allocate::{Choice, Ranking, allocate, choose};
@@ -31,8 +34,8 @@ pub use error::CompressError;
 pub use importance::{Importance, LayerRanking, Measurements, measure, sensitivities};
 pub use lowrank::{Factorization, Factors, break_even, factorize};
 pub use passes::{
-    CompressionPass, Format, LayerReport, MatrixReport, Pass, PassReport, PruneStructured, Quantize, Reconstruct,
-    Refusal, Stage, Work,
+    Compensate, CompressionPass, CorrectBias, Format, LayerReport, MatrixReport, MixedPrecision, Pass, PassReport, Per,
+    PruneStructured, Quantize, Reconstruct, Refusal, Sensitivity, Smooth, Stage, Weighting, Work,
 };
 pub use progress::{Progress, Silent};
 pub use prune::{FFN_PANEL, Plan, apply, plan};
@@ -40,6 +43,7 @@ pub use recipe::{CalibrationSettings, Recipe, Step};
 pub use reconstruct::{Reconstruction, Refit, Target, reconstruct};
 pub use sparsity::{Pattern, Score, Sparse, relative_error, sparsify};
 pub use vocabulary::{PrunedVocabulary, Vocabulary, VocabularyError};
+pub use rounding::RangeMethod;
 pub use run::{CompressRequest, Outcome, compress};
 pub use slots::{Group, MatrixSlot};
 pub use weights::{DenseLinear, Weights};

@@ -172,6 +172,10 @@ impl Recipe {
                     );
                     return Err(self.refusal(step, &Refusal::new("", reason)));
                 }
+                (Stage::Correct, None) => {
+                    let reason = "makes up for what storing cost; put it after a pass that stores";
+                    return Err(self.refusal(step, &Refusal::new("", reason)));
+                }
                 (Stage::Store, _) => stored_by = Some(&step.pass),
                 _ => {}
             }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::artefact::{self, CARD_FILE, RECIPE_FILE, WEIGHTS_FILE};
 use super::calibration::{CalibrationText, sample};
 use super::measure::measure_quality;
-use super::passes::{PassReport, Work};
+use super::passes::{PassReport, Stage, Work};
 use super::progress::Progress;
 use super::recipe::Recipe;
 use super::weights::Weights;
@@ -119,15 +119,22 @@ pub fn compress(
     let text = calibration_text(recipe, &encode)?;
 
     let dense = Weights::load(&source)?;
-    let mut work =
-        Work { model: dense.clone(), dense, text: text.clone(), seed: recipe.seed, encode: &encode, runtime };
+    let mut work = Work {
+        model: dense.clone(),
+        reference: dense.clone(),
+        dense,
+        text: text.clone(),
+        seed: recipe.seed,
+        encode: &encode,
+        runtime,
+    };
     let passes = run_passes(recipe, &mut work, progress)?;
     let Work { dense, model, .. } = work;
 
     let dir = ArtefactDir::create(&request.out, request.force)?;
     progress.phase_started("write", 1);
     let artefact_bytes = artefact::write_weights(&dir, &model)?;
-    let mut files = artefact::side_files(&source, model.architecture())?;
+    let mut files = artefact::side_files(&source, &model)?;
     files.insert(RECIPE_FILE.to_owned(), recipe.to_toml().into_bytes());
     let mut manifest = manifest(request, &source, &model, text.as_deref(), &passes)?;
     manifest.size.artefact_bytes = artefact_bytes;
@@ -157,8 +164,13 @@ fn run_passes(recipe: &Recipe, work: &mut Work<'_>, progress: &dyn Progress) -> 
         (model.bytes(), linear_macs_per_token(&model.architecture().layers, model.architecture().d_model))
     };
     let mut reports = Vec::with_capacity(recipe.steps.len());
+    let mut stored = false;
     for step in &recipe.steps {
         let behaviour = step.pass.behaviour();
+        if !stored {
+            work.reference = work.model.clone();
+        }
+        stored |= behaviour.stage() == Stage::Store;
         let before = size(&work.model);
         let report = behaviour.run(work, progress)?;
         let after = size(&work.model);

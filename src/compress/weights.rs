@@ -26,6 +26,20 @@ pub struct DenseLinear {
     pub bias: Vec<f32>,
 }
 
+/// A form's name in reports and manifests.
+fn form_name(form: &Weight<'_>) -> &'static str {
+    match form {
+        Weight::F32(_) => "f32",
+        Weight::Int8 { .. } => "int8-per-row",
+        Weight::Int8Affine { .. } => "int8-per-row-with-offset",
+        Weight::Codebook4(codebook) if codebook.n_groups > 1 => "codebook4-per-group",
+        Weight::Codebook4(_) => "codebook4-per-row",
+        Weight::LowRank(_) => "low-rank",
+        Weight::BlockSparse(_) => "block-sparse-int8",
+        Weight::Bitmap(_) => "bitmap-int8",
+    }
+}
+
 /// The model under work. Clones share embedding tables and stored forms.
 #[derive(Debug, Clone)]
 pub struct Weights {
@@ -159,8 +173,7 @@ impl Weights {
     pub fn matrix_bytes(&self, slot: MatrixSlot) -> u64 {
         let (rows, cols) = self.shape(slot);
         (match self.form(slot) {
-            Some(Weight::F32(values)) => 4 * values.len(),
-            Some(Weight::Int8 { codes, scale }) => codes.len() + 4 * scale.len(),
+            Some(form) => form.n_bytes(),
             None => rows * cols + 4 * rows,
         }) as u64
     }
@@ -177,11 +190,7 @@ impl Weights {
     /// A report's line on a matrix as it is stored now.
     #[must_use]
     pub fn report(&self, slot: MatrixSlot) -> MatrixReport {
-        let form = match self.form(slot) {
-            None => "",
-            Some(Weight::F32(_)) => "f32",
-            Some(Weight::Int8 { .. }) => "int8-per-row",
-        };
+        let form = self.form(slot).map_or("", form_name);
         let bits = self.matrix_bytes(slot) as f64 * 8.0 / self.values(slot).len() as f64;
         MatrixReport { form: form.to_owned(), bits: Some(bits), ..slot.report() }
     }

@@ -1,9 +1,13 @@
 //! What a recipe can ask for: one file per pass, one line in the list below.
 
+mod correct_bias;
+mod mixed_precision;
 mod prune_structured;
 mod quantize;
 mod reconstruct;
 mod report;
+mod sensitivity;
+mod smooth;
 
 use std::sync::Arc;
 
@@ -17,11 +21,15 @@ use crate::eval::Encode;
 use crate::exec::Runtime;
 use crate::model::Architecture;
 
+pub use correct_bias::CorrectBias;
+pub use mixed_precision::MixedPrecision;
 pub use prune_structured::PruneStructured;
-pub use quantize::{Format, Quantize};
+pub use quantize::{Compensate, Format, Per, Quantize, Weighting};
 pub use reconstruct::Reconstruct;
 pub(super) use report::relative_error;
 pub use report::{LayerReport, MatrixReport, PassReport};
+pub use sensitivity::Sensitivity;
+pub use smooth::Smooth;
 
 /// What passes work on.
 pub struct Work<'a> {
@@ -29,6 +37,8 @@ pub struct Work<'a> {
     pub dense: Weights,
     /// The model under work.
     pub model: Weights,
+    /// The model as it was before the first pass that stores: of the same shape, in full precision.
+    pub reference: Weights,
     /// The calibration text, when a pass of the recipe needs it.
     pub text: Option<Arc<CalibrationText>>,
     /// Seed of every random choice.
@@ -62,6 +72,8 @@ pub enum Stage {
     Shape,
     /// Fixes how matrices are stored.
     Store,
+    /// Makes up for what storing cost; must come after a [`Stage::Store`].
+    Correct,
     /// Stands anywhere: what it does holds for stored matrices too.
     Any,
 }
@@ -152,5 +164,9 @@ macro_rules! passes {
 passes! {
     "prune-structured" => PruneStructured,
     "reconstruct" => Reconstruct,
+    "smooth" => Smooth,
     "quantize" => Quantize,
+    "mixed-precision" => MixedPrecision,
+    "correct-bias" => CorrectBias,
+    "sensitivity" => Sensitivity,
 }

@@ -51,6 +51,11 @@ fn every_mistake_names_its_line() {
         ("[[pass]]\nkind = \"reconstruct\"\nridge = -1.0\n", 3, "-1"),
         (&format!("{quantize}[[pass]]\nkind = \"reconstruct\"\n"), 3, "before"),
         ("[[pass]]\nkind = \"reconstruct\"\n", 1, "--calibration"),
+        ("[[pass]]\nkind = \"correct-bias\"\n", 1, "after"),
+        ("[[pass]]\nkind = \"quantize\"\nbits = 8\nformat = \"nf4\"\n", 3, "linear"),
+        ("[[pass]]\nkind = \"quantize\"\nbits = 4\nper = \"group\"\ngroup_size = 4\n", 5, "4 is not"),
+        ("[[pass]]\nkind = \"mixed-precision\"\nloss = 0.1\nmegabytes = 3\n", 3, "one budget"),
+        ("[[pass]]\nkind = \"mixed-precision\"\n\nmegabytes = 0.001\n", 4, "cannot be met"),
     ] {
         let message = refusal(text);
         assert!(message.starts_with(&format!("r.toml:{line}: ")), "{text:?}: {message}");
