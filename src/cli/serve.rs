@@ -180,7 +180,7 @@ fn self_check(
     // Overrides change what the model computes, so the recorded answers say nothing.
     let overridden = args.attention.is_some() || args.pooling.is_some();
     let limit = checkpoint.architecture().max_input_tokens;
-    let mut checked: Option<(f64, f64)> = None;
+    let mut checked: Option<(f64, f64, f64)> = None;
     let mut out = Outputs::default();
     for (index, golden) in golden.iter().enumerate().filter(|(_, golden)| !overridden && golden.ids.len() <= limit) {
         let batch = RaggedBatch::from_sequences(&[&golden.ids])?;
@@ -191,12 +191,13 @@ fn self_check(
         if cosine.is_nan() || cosine < bound {
             bail!("self-check: golden input {index} has cosine {cosine:.5} to its reference, less than {bound:.5}");
         }
-        let (worst, promised) = checked.unwrap_or((cosine, bound));
-        checked = Some((worst.min(cosine), promised.min(bound)));
+        let fall = golden.cosine - cosine;
+        let (worst, promised, drift) = checked.unwrap_or((cosine, bound, fall));
+        checked = Some((worst.min(cosine), promised.min(bound), drift.max(fall)));
     }
     // Without golden inputs nothing was checked, and the metric stays NaN.
-    if let Some((worst, promised)) = checked {
-        events::self_checked(metrics, worst, promised);
+    if let Some((worst, promised, drift)) = checked {
+        events::self_checked(metrics, worst, promised, drift);
     }
     Ok(())
 }

@@ -147,7 +147,9 @@ impl Engine {
                 .spawn(move || worker.run())
                 .map_err(StartError::Thread)?;
         }
-        events::engine_started(&engine.shared.metrics, n_workers, engine.shared.limits.max_queue_tokens);
+        let limits = &engine.shared.limits;
+        let (tokens, inputs) = (limits.max_queue_tokens, limits.max_concurrent_requests);
+        events::engine_started(&engine.shared.metrics, n_workers, tokens, inputs);
         Ok(engine)
     }
 

@@ -116,9 +116,9 @@ pub fn worker_died(metrics: &Metrics, worker: usize, workers_left: usize) {
 }
 
 /// The workers are up.
-pub fn engine_started(metrics: &Metrics, n_workers: usize, queue_capacity_tokens: usize) {
-    metrics.set_queue_capacity(queue_capacity_tokens);
-    info!(n_workers, queue_capacity_tokens, "engine started");
+pub fn engine_started(metrics: &Metrics, n_workers: usize, queue_capacity_tokens: usize, concurrency_limit: usize) {
+    metrics.set_queue_capacity(queue_capacity_tokens, concurrency_limit);
+    info!(n_workers, queue_capacity_tokens, concurrency_limit, "engine started");
 }
 
 /// The model is loaded and can answer.
@@ -128,13 +128,14 @@ pub fn model_loaded(metrics: &Metrics, model: &ModelInfo, load: Duration) {
     info!(model, family, scheme, precision, attention, load_ms = millis(load), "model loaded");
 }
 
-/// The golden inputs were run at start; `cosine` is the lowest, `bound` what the artefact promises.
-pub fn self_checked(metrics: &Metrics, cosine: f64, bound: f64) {
-    metrics.set_selfcheck(cosine);
+/// The golden inputs were run at start; `cosine` is the lowest, `bound` what the artefact promises, `drift` the largest
+/// fall of an input's cosine below the one recorded for it.
+pub fn self_checked(metrics: &Metrics, cosine: f64, bound: f64, drift: f64) {
+    metrics.set_selfcheck(cosine, drift);
     if cosine >= bound {
-        info!(cosine, bound, "self-check passed");
+        info!(cosine, bound, drift, "self-check passed");
     } else {
-        warn!(cosine, bound, "self-check below its bound");
+        warn!(cosine, bound, drift, "self-check below its bound");
     }
 }
 

@@ -59,6 +59,7 @@ pub struct Metrics {
     queue_depth: IntGauge,
     queue_tokens: IntGauge,
     queue_capacity: IntGauge,
+    concurrency_limit: IntGauge,
     rejected: Vec<IntCounter>,
     cancelled: IntCounter,
     expired: Vec<IntCounter>,
@@ -73,6 +74,7 @@ pub struct Metrics {
     memory_sources: Mutex<Vec<(MemoryKind, Source)>>,
     threads: IntGauge,
     selfcheck_cosine: Gauge,
+    selfcheck_drift: Gauge,
     ready: IntGauge,
     model_info: IntGaugeVec,
     build_info: IntGaugeVec,
@@ -188,6 +190,8 @@ impl Metrics {
             queue_tokens: register.gauge("niwaki_queue_tokens", "Tokens of the sequences that wait for a worker."),
             queue_capacity: register
                 .gauge("niwaki_queue_capacity", "Tokens that may wait before requests are refused."),
+            concurrency_limit: register
+                .gauge("niwaki_concurrency_limit", "Inputs that may be in the server before requests are refused."),
             rejected: RejectReason::ALL.iter().map(|reason| rejected.with_label_values(&[reason.label()])).collect(),
             cancelled: register.counter("niwaki_cancelled_total", "Requests whose client left before the result."),
             expired: ExpiryStage::ALL.iter().map(|stage| expired.with_label_values(&[stage.label()])).collect(),
@@ -213,6 +217,10 @@ impl Metrics {
                 "niwaki_selfcheck_cosine",
                 "Lowest cosine of the golden inputs to their expected outputs at start; NaN when none was run.",
             ),
+            selfcheck_drift: register.real_gauge(
+                "niwaki_selfcheck_drift",
+                "Largest fall of a golden input's cosine below the one recorded for it, at start; NaN when none was run.",
+            ),
             ready: register.gauge("niwaki_ready", "1 while the service takes requests, else 0."),
             model_info: register.gauges(
                 "niwaki_model_info",
@@ -231,6 +239,7 @@ impl Metrics {
             registry,
         };
         metrics.selfcheck_cosine.set(f64::NAN);
+        metrics.selfcheck_drift.set(f64::NAN);
         #[cfg(target_os = "linux")]
         metrics
             .registry
@@ -273,9 +282,10 @@ impl Metrics {
         self.queue_tokens.set(gauge_value(tokens as u64));
     }
 
-    /// How many tokens may wait.
-    pub fn set_queue_capacity(&self, tokens: usize) {
+    /// How many tokens may wait, and how many inputs may wait or be computed.
+    pub fn set_queue_capacity(&self, tokens: usize, inputs: usize) {
         self.queue_capacity.set(gauge_value(tokens as u64));
+        self.concurrency_limit.set(gauge_value(inputs as u64));
     }
 
     /// How many threads compute.
@@ -308,8 +318,9 @@ impl Metrics {
         self.model_load.set(load.as_secs_f64());
     }
 
-    pub(super) fn set_selfcheck(&self, cosine: f64) {
+    pub(super) fn set_selfcheck(&self, cosine: f64, drift: f64) {
         self.selfcheck_cosine.set(cosine);
+        self.selfcheck_drift.set(drift);
     }
 
     pub(super) fn set_ready(&self, ready: bool) {

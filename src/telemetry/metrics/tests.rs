@@ -35,6 +35,7 @@ fn all_series_exist_before_the_first_request() {
         "queue_depth",
         "queue_tokens",
         "queue_capacity",
+        "concurrency_limit",
         "cancelled_total",
         "batch_size_count",
         "batch_tokens_count",
@@ -47,6 +48,7 @@ fn all_series_exist_before_the_first_request() {
         "cgroup_memory_limit_bytes",
         "threads",
         "selfcheck_cosine",
+        "selfcheck_drift",
         "ready",
         "model_load_seconds",
     ] {
@@ -93,8 +95,8 @@ fn events_reach_their_series() {
     let batch = BatchStats { worker: 0, n_seqs: 3, n_tokens: 40, queue_wait: ms(1), compute: ms(9) };
     events::batch_finished(&metrics, &batch);
     events::inference_failed(&metrics, &std::fmt::Error);
-    events::engine_started(&metrics, 2, 1000);
-    events::self_checked(&metrics, 0.998, 0.99);
+    events::engine_started(&metrics, 2, 1000, 64);
+    events::self_checked(&metrics, 0.998, 0.99, 0.001);
     let model = ModelInfo { model: "a \"b\"".to_owned(), ..ModelInfo::default() };
     events::model_loaded(&metrics, &model, ms(80));
     events::ready(&metrics, ([127, 0, 0, 1], 1).into());
@@ -127,6 +129,8 @@ fn events_reach_their_series() {
         ("batch_padding_tokens_total", 0.0),
         ("inference_errors_total", 1.0),
         ("queue_capacity", 1000.0),
+        ("concurrency_limit", 64.0),
+        ("selfcheck_drift", 0.001),
         ("queue_depth", 4.0),
         ("queue_tokens", 99.0),
         ("threads", 2.0),
