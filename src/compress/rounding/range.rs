@@ -247,7 +247,7 @@ mod tests {
         let grid = Grid::of(linear_table(1));
         let scale = |method, part| fit_scale(&values, None, &grid, method, part);
         let whole = scale(RangeMethod::MinMax, 1.0);
-        assert_eq!(whole, 5.0);
+        assert_eq!(whole, 40.0 / grid.reach());
         assert!(scale(RangeMethod::Percentile, 0.999) < whole / 8.0);
         assert!(scale(RangeMethod::Mse, 1.0) < whole);
         let ratio = clip_ratio(values.iter().map(|x| x.abs() / 40.0), &Grid::Bytes);
