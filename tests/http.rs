@@ -5,8 +5,14 @@ mod service;
 
 #[path = "http/errors.rs"]
 mod errors;
+#[path = "http/inference.rs"]
+mod inference;
+#[path = "http/models.rs"]
+mod models;
 #[path = "http/operations.rs"]
 mod operations;
+#[path = "http/scores.rs"]
+mod scores;
 #[path = "http/socket.rs"]
 mod socket;
 
@@ -101,8 +107,8 @@ async fn a_text_far_too_long_is_refused_by_its_characters_or_cut() {
 #[tokio::test]
 async fn prompts_go_before_the_input() {
     let service = service(|setup| {
-        setup.config.prompts = [("query", "query: "), ("none", "")].map(|(a, b)| (a.to_owned(), b.to_owned())).into();
-        setup.config.default_prompt = Some("the ".to_owned());
+        setup.model.prompts = [("query", "query: "), ("none", "")].map(|(a, b)| (a.to_owned(), b.to_owned())).into();
+        setup.model.default_prompt = Some("the ".to_owned());
     });
     let embed = async |body: Value| service.post("/embed", body).await.read::<Vec<Vec<f32>>>().remove(0);
     let expected = |text: &str| unit(&pooled(&ids(text)));
@@ -246,4 +252,49 @@ async fn request_ids_go_in_and_out() {
         .map(|answer| answer.header("x-request-id").to_owned())
         .collect();
     assert!(ids.iter().all(|id| id.len() == 36) && ids[0] != ids[1] && ids[1] != ids[2]);
+}
+
+#[tokio::test]
+async fn embeddings_are_written_in_the_numbers_asked_for() {
+    let service = service(|_| {});
+    let vector = unit(&pooled(&ids("the tree")));
+    let largest = vector.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+    let integers = |scale: f32| vector.iter().map(|value| (value / scale).round_ties_even() as i64).collect::<Vec<_>>();
+    let bits = vector.iter().enumerate().fold(0i64, |byte, (bit, value)| byte | i64::from(*value > 0.0) << (7 - bit));
+    let halves: Vec<f32> = vector.iter().map(|value| half::f16::from_f32(*value).to_f32()).collect();
+    for dtype in ["float", "float32", "f32"] {
+        let body = json!({"inputs": "the tree", "output_dtype": dtype});
+        assert_eq!(service.post("/embed", body).await.read::<Vec<Vec<f32>>>()[0], vector);
+    }
+    let body = json!({"inputs": "the tree", "output_dtype": "float16"});
+    assert_eq!(service.post("/embed", body).await.read::<Vec<Vec<f32>>>()[0], halves);
+    for (dtype, expected) in
+        [("int8", integers(largest / 127.0)), ("ubinary", vec![bits]), ("binary", vec![bits - 128])]
+    {
+        let body = json!({"inputs": ["the tree"], "output_dtype": dtype});
+        assert_eq!(service.post("/embed", body).await.read::<Vec<Vec<i64>>>()[0], expected, "{dtype}");
+        let body = json!({"input": "the tree", "output_dtype": dtype});
+        let answer = service.post("/v1/embeddings", body).await.json();
+        assert_eq!(answer["data"][0]["embedding"], json!(expected), "{dtype}");
+        assert_eq!(answer["data"][0]["scale"].is_number(), dtype == "int8", "{dtype}");
+        let body = json!({"input": "the tree", "output_dtype": dtype, "encoding_format": "base64"});
+        let answer = service.post("/v1/embeddings", body).await.json();
+        let bytes = base64::engine::general_purpose::STANDARD.decode(answer["data"][0]["embedding"].as_str().unwrap());
+        let bytes: Vec<i64> = match dtype {
+            "ubinary" => bytes.unwrap().into_iter().map(i64::from).collect(),
+            _ => bytes.unwrap().into_iter().map(|byte| i64::from(byte.cast_signed())).collect(),
+        };
+        assert_eq!(bytes, expected, "{dtype}");
+    }
+    let body = json!({"input": "the tree", "output_dtype": "float16", "encoding_format": "base64"});
+    let answer = service.post("/v1/embeddings", body).await.json();
+    let bytes =
+        base64::engine::general_purpose::STANDARD.decode(answer["data"][0]["embedding"].as_str().unwrap()).unwrap();
+    let values: Vec<f32> =
+        bytes.chunks_exact(2).map(|pair| half::f16::from_le_bytes(pair.try_into().unwrap()).to_f32()).collect();
+    assert_eq!(values, halves);
+    for path in ["/embed", "/v1/embeddings"] {
+        let body = json!({"inputs": "a", "input": "a", "output_dtype": "int4"});
+        assert_eq!(service.post(path, body).await.status, 422, "{path}");
+    }
 }

@@ -168,9 +168,12 @@ fn functions_are_within_their_stated_errors() {
     let mut xs: Vec<f32> = (-40_000..=40_000u32 as i32).map(|i| i as f32 / 4_000.0).collect();
     xs.extend([0.0, -0.0, 1e-30, -1e-30, 15.0, -15.0, 100.0, -100.0, 4.5, -4.5, 4.500_001, -4.500_001]);
     for set in sets() {
-        for (kind, bound, relative) in
-            [(Nonlinearity::Gelu, 1.7e-5, 0.0), (Nonlinearity::GeluTanh, 2e-6, 2e-6), (Nonlinearity::Relu, 0.0, 0.0)]
-        {
+        for (kind, bound, relative) in [
+            (Nonlinearity::Gelu, 1.7e-5, 0.0),
+            (Nonlinearity::GeluTanh, 2e-6, 2e-6),
+            (Nonlinearity::Relu, 0.0, 0.0),
+            (Nonlinearity::Tanh, 1e-6, 0.0),
+        ] {
             // Lengths around the vectors'.
             for n in [0, 1, 3, 4, 7, 15, 16, 17, 31, xs.len()] {
                 let mut values = xs[..n].to_vec();

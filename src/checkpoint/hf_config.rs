@@ -6,7 +6,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::CheckpointError;
-use crate::model::{Activation, ArchitectureSpec, Band, Family, LayerConfig, Pooling, Positions};
+use crate::model::{
+    Activation, ArchitectureSpec, Band, Family, HeadConfig, LayerConfig, Pooling, Positions, ScoreFunction,
+};
 
 /// A model without a pooling module is pooled by the mean, as sentence-transformers does.
 const DEFAULT_POOLING: Pooling = Pooling::Mean;
@@ -136,6 +138,47 @@ fn activation(config: &Value, key: &str) -> Result<Activation, CheckpointError> 
     }
 }
 
+/// The classification head of `…ForSequenceClassification`, with Hugging Face's choice of what makes scores of its
+/// numbers (`TextClassificationPipeline`); `None` for other models.
+fn head(config: &Value, family: Family) -> Result<Option<HeadConfig>, CheckpointError> {
+    let architectures = config.get("architectures").and_then(Value::as_array);
+    let names = architectures.into_iter().flatten().filter_map(Value::as_str);
+    if !names.into_iter().any(|name| name.ends_with("ForSequenceClassification")) {
+        return Ok(None);
+    }
+    let labels = match config.get("id2label") {
+        None | Some(Value::Null) => {
+            // Hugging Face leaves out what is its default: two labels.
+            let n_labels = optional_usize(config, CONFIG, "num_labels")?.unwrap_or(2);
+            if n_labels > 1 << 16 {
+                return Err(CheckpointError::field(CONFIG, "num_labels", format!("{n_labels} are too many")));
+            }
+            (0..n_labels).map(|id| format!("LABEL_{id}")).collect()
+        }
+        Some(Value::Object(map)) => (0..map.len())
+            .map(|id| map.get(&id.to_string()).and_then(Value::as_str).map(str::to_owned))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| CheckpointError::field(CONFIG, "id2label", "does not number labels from 0"))?,
+        Some(other) => {
+            return Err(CheckpointError::field(CONFIG, "id2label", format!("`{other}` is not an object")));
+        }
+    };
+    let function = match config.get("problem_type").and_then(Value::as_str) {
+        Some("regression") => ScoreFunction::Identity,
+        Some("multi_label_classification") => ScoreFunction::Sigmoid,
+        _ if labels.len() == 1 => ScoreFunction::Sigmoid,
+        None | Some("single_label_classification") => ScoreFunction::Softmax,
+        Some(other) => {
+            return Err(CheckpointError::field(CONFIG, "problem_type", format!("`{other}` is not supported")));
+        }
+    };
+    let dense = match family {
+        Family::Bert | Family::Roberta => Activation::Tanh,
+        Family::Distilbert => Activation::Relu,
+    };
+    Ok(Some(HeadConfig { dense, labels, function }))
+}
+
 /// Builds the specification of an uncompressed model. Sizes are checked later, by `Architecture::new`.
 pub(super) fn architecture(
     config: &Value,
@@ -189,6 +232,7 @@ pub(super) fn architecture(
     let layer = LayerConfig { n_heads, d_head: d_model / n_heads, d_ffn, band: Band::FULL };
     #[allow(clippy::cast_possible_truncation, reason = "an epsilon needs no more than f32")]
     let norm_eps = config.get("layer_norm_eps").and_then(Value::as_f64).unwrap_or(1e-12) as f32;
+    let head = head(config, family)?;
     Ok(ArchitectureSpec {
         family,
         vocab_size: required_usize(config, "vocab_size")?,
@@ -201,9 +245,14 @@ pub(super) fn architecture(
         norm_eps,
         activation: activation(config, keys[4])?,
         layers: vec![layer; n_layers],
-        pooling: pooling.or(modules.pooling).unwrap_or(DEFAULT_POOLING),
-        normalize: modules.normalize,
+        // A head reads the first token, whatever is asked for.
+        pooling: match head {
+            Some(_) => Pooling::Cls,
+            None => pooling.or(modules.pooling).unwrap_or(DEFAULT_POOLING),
+        },
+        normalize: modules.normalize && head.is_none(),
         max_input_tokens: modules.max_seq_length.unwrap_or(usable).min(usable),
+        head,
     })
 }
 

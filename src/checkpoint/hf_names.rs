@@ -1,6 +1,6 @@
 //! Where each weight of a family stands in a Hugging Face checkpoint: the only place with tensor names.
 
-use crate::model::{Family, LinearSlot, NormSlot};
+use crate::model::{Family, HeadSlot, LinearSlot, NormSlot};
 
 // Suffixes to the name of a matrix, `….weight`. One tensor of the plain name is f32 or INT8; the others are there instead
 // of it. What the parts mean is in `quant`.
@@ -104,5 +104,18 @@ pub fn norm_module(family: Family, slot: NormSlot) -> String {
         (Family::Bert | Family::Roberta, NormSlot::Ffn(layer)) => format!("encoder.layer.{layer}.output.LayerNorm"),
         (Family::Distilbert, NormSlot::Attention(layer)) => format!("transformer.layer.{layer}.sa_layer_norm"),
         (Family::Distilbert, NormSlot::Ffn(layer)) => format!("transformer.layer.{layer}.output_layer_norm"),
+    }
+}
+
+/// The module of a classification head's layer. BERT's first one is part of the encoder (its pooler) and has the
+/// encoder's prefix; the others stand at the root.
+#[must_use]
+pub fn head_module(family: Family, slot: HeadSlot) -> &'static str {
+    match (family, slot) {
+        (Family::Bert, HeadSlot::Dense) => "pooler.dense",
+        (Family::Bert | Family::Distilbert, HeadSlot::Out) => "classifier",
+        (Family::Roberta, HeadSlot::Dense) => "classifier.dense",
+        (Family::Roberta, HeadSlot::Out) => "classifier.out_proj",
+        (Family::Distilbert, HeadSlot::Dense) => "pre_classifier",
     }
 }

@@ -133,6 +133,12 @@ pub struct Golden {
     pub reference: Vec<f32>,
     /// Cosine between the artefact's embedding and `reference`, as measured when it was written.
     pub cosine: f64,
+    /// With a classification head: the uncompressed model's numbers, one per label.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<f32>,
+    /// Largest difference of the artefact's numbers to `scores`, as measured when it was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score_error: Option<f64>,
 }
 
 impl Manifest {

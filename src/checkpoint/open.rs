@@ -13,7 +13,7 @@ use super::reader::{TensorFile, TensorView};
 use super::weights::{LinearWeights, NormWeights, TableWeights};
 use super::writer::sha256_hex;
 use super::{CheckpointError, hf_names};
-use crate::model::{Architecture, Band, LinearSlot, NormSlot, Pooling};
+use crate::model::{Architecture, Band, HeadSlot, LinearSlot, NormSlot, Pooling};
 use crate::quant::Weight;
 
 const WEIGHTS_FILE: &str = "model.safetensors";
@@ -188,6 +188,11 @@ impl Checkpoint {
             self.norm(NormSlot::Attention(layer))?;
             self.norm(NormSlot::Ffn(layer))?;
         }
+        if spec.head.is_some() {
+            for slot in HeadSlot::ALL {
+                self.head(slot)?;
+            }
+        }
         Ok(())
     }
 
@@ -291,6 +296,24 @@ impl Checkpoint {
         Ok(LinearWeights { n_out, n_in, weight, bias })
     }
 
+    /// A linear layer of the classification head.
+    ///
+    /// # Errors
+    /// Naming the tensor that is missing, misshapen or damaged.
+    pub fn head(&self, slot: HeadSlot) -> Result<LinearWeights<'_>, CheckpointError> {
+        let (n_out, n_in) = slot.shape(&self.architecture);
+        let module = hf_names::head_module(self.architecture.family, slot);
+        let find = |part: &str| -> Result<TensorView<'_>, CheckpointError> {
+            let name = format!("{module}.{part}");
+            let at_root = self.files.iter().find(|file| file.contains(&name));
+            at_root.map_or_else(|| self.tensor(&name), |file| file.tensor(&name))
+        };
+        let (weight, bias) = (find("weight")?, find("bias")?);
+        weight.expect_shape(&[n_out, n_in])?;
+        bias.expect_shape(&[n_out])?;
+        Ok(LinearWeights { n_out, n_in, weight: Weight::F32(weight.to_f32()?), bias: bias.to_f32()?.into_owned() })
+    }
+
     /// A LayerNorm.
     ///
     /// # Errors
@@ -382,7 +405,7 @@ fn stack(parts: &[(Weight<'_>, String)], cols: usize, whole: &str) -> Result<Wei
 
 fn override_architecture(architecture: &Architecture, options: &OpenOptions) -> Result<Architecture, CheckpointError> {
     let mut spec = architecture.spec();
-    if let Some(pooling) = options.pooling {
+    if let Some(pooling) = options.pooling.filter(|_| spec.head.is_none()) {
         spec.pooling = pooling;
     }
     if let Some(limit) = options.max_input_tokens {

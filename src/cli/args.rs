@@ -35,9 +35,10 @@ pub(super) enum Command {
 /// Which model, and how it is run.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ModelArgs {
-    /// A Hugging Face model directory or an artefact written by `niwaki compress`.
-    #[arg(long, env = "MODEL", value_name = "DIR", conflicts_with = "model_id")]
-    pub(super) model: Option<PathBuf>,
+    /// A Hugging Face model directory or an artefact written by `niwaki compress`. `serve` takes several, each with the
+    /// name that requests know it by (NAME=DIR); the first is the one that requests without a name mean.
+    #[arg(long, env = "MODEL", value_name = "[NAME=]DIR", conflicts_with = "model_id", value_parser = super::parse::place)]
+    pub(super) model: Vec<Place>,
     /// A model of the Hugging Face hub, downloaded once into the cache.
     #[arg(long, env = "MODEL_ID", value_name = "ORG/NAME")]
     pub(super) model_id: Option<String>,
@@ -73,6 +74,15 @@ pub(super) struct ModelArgs {
     pub(super) isa: Option<String>,
 }
 
+/// A model directory, and what it is to be called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The name, if one is given.
+    pub(super) name: Option<String>,
+    /// The directory.
+    pub(super) dir: PathBuf,
+}
+
 /// Numbers to compute with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Precision {
@@ -96,7 +106,7 @@ pub(super) enum PoolingArg {
 }
 
 /// Flags of `niwaki serve`; those that Text Embeddings Inference has too carry its names and defaults.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct ServeArgs {
     /// The model.
     #[command(flatten)]
@@ -107,7 +117,10 @@ pub(super) struct ServeArgs {
     /// Port to listen on; 0 picks a free one.
     #[arg(short, long, env = "PORT", default_value_t = 3000)]
     pub(super) port: u16,
-    /// Name of the model in answers.
+    /// Port of the gRPC service (Text Embeddings Inference's); 0 picks a free one. Without it there is none.
+    #[arg(long, env = "GRPC_PORT", value_name = "PORT")]
+    pub(super) grpc_port: Option<u16>,
+    /// Name of the model in answers (of a single model; see --model).
     #[arg(long, env = "SERVED_MODEL_NAME")]
     pub(super) served_model_name: Option<String>,
     /// Threads that tokenize (default: the computing threads).

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
-use super::args::{ModelArgs, PoolingArg};
+use super::args::{ModelArgs, Place, PoolingArg};
 use super::default_model;
 use super::progress::Bars;
 use crate::checkpoint::hub;
@@ -20,16 +20,27 @@ pub(super) fn max_input_tokens(band: Option<Band>, flag: Option<usize>) -> Optio
     flag.or(band.map(|_| DEFAULT_BANDED_INPUT))
 }
 
-/// Opens the model that the flags name.
+/// Opens the one model that the flags name.
 pub(super) fn open(args: &ModelArgs) -> anyhow::Result<Arc<Checkpoint>> {
+    match &args.model[..] {
+        [] => open_place(None, args),
+        [place] => open_place(Some(place), args),
+        _ => bail!("--model is given several times, which only `serve` can do anything with"),
+    }
+}
+
+/// Opens the model at `place`, or else the hub's, or else the one inside the binary.
+pub(super) fn open_place(place: Option<&Place>, args: &ModelArgs) -> anyhow::Result<Arc<Checkpoint>> {
     let options = OpenOptions {
         pooling: args.pooling.map(pooling),
         band: args.attention,
         max_input_tokens: max_input_tokens(args.attention, args.max_input_length),
         trust_files: false,
     };
-    let checkpoint = match (&args.model, &args.model_id) {
-        (Some(dir), _) => Checkpoint::open_with(dir, &options).with_context(|| format!("model {}", dir.display()))?,
+    let checkpoint = match (place, &args.model_id) {
+        (Some(Place { dir, .. }), _) => {
+            Checkpoint::open_with(dir, &options).with_context(|| format!("model {}", dir.display()))?
+        }
         (None, Some(id)) => {
             let dir = download(args, id).with_context(|| format!("model {id}"))?;
             Checkpoint::open_with(&dir, &options).with_context(|| format!("model {id} in {}", dir.display()))?

@@ -30,8 +30,24 @@ pub(super) fn n_threads(args: &ModelArgs) -> usize {
     args.threads.map_or_else(process::available_cpus, std::num::NonZeroUsize::get)
 }
 
+/// The computing threads that the flags ask for.
+pub(super) fn cores(args: &ModelArgs) -> anyhow::Result<Arc<Cores>> {
+    Ok(Arc::new(Cores::new(n_threads(args)).context("computing threads")?))
+}
+
 /// Makes `n_workers` players of a model.
 pub(super) fn load(checkpoint: &Arc<Checkpoint>, args: &ModelArgs, n_workers: usize) -> anyhow::Result<Loaded> {
+    load_on(checkpoint, args, n_workers, || cores(args))
+}
+
+/// Makes `n_workers` players of a model that compute on `cores`, which several models may share: a seat is a seat,
+/// whichever model's worker takes it.
+pub(super) fn load_on(
+    checkpoint: &Arc<Checkpoint>,
+    args: &ModelArgs,
+    n_workers: usize,
+    cores: impl FnOnce() -> anyhow::Result<Arc<Cores>>,
+) -> anyhow::Result<Loaded> {
     let isa = match &args.isa {
         Some(name) => name.parse::<IsaName>().and_then(Isa::force).context("--isa")?,
         None => Isa::detect(),
@@ -41,7 +57,7 @@ pub(super) fn load(checkpoint: &Arc<Checkpoint>, args: &ModelArgs, n_workers: us
     let workers: Vec<Box<dyn Forward>> = match args.precision {
         Precision::Int8 => {
             let model = Int8Model::load(checkpoint)?;
-            let cores = Arc::new(Cores::new(n_threads).context("computing threads")?);
+            let cores = cores()?;
             (0..n_workers)
                 .map(|_| Box::new(model.worker(kernels, Arc::clone(&cores), GROUP_TOKENS)) as Box<dyn Forward>)
                 .collect()

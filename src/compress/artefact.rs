@@ -13,7 +13,7 @@ use crate::checkpoint::{
     write_safetensors,
 };
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, NormSlot, Pooling};
+use crate::model::{Architecture, HeadSlot, NormSlot, Pooling};
 use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// The weights file.
@@ -41,16 +41,21 @@ pub(super) fn schemes(model: &Weights) -> BTreeMap<String, String> {
             .collect();
         forms.into_iter().collect::<Vec<_>>().join(", ")
     };
-    [
-        ("attention.weight", forms(&[Group::Attention])),
-        ("ffn.weight", forms(&[Group::Ffn])),
-        ("linear.input", "uint8-per-token-dynamic".to_owned()),
-        ("linear.bias", "f32".to_owned()),
-        ("embeddings", forms(&[Group::Embedding])),
-        ("norms", "f32".to_owned()),
-    ]
-    .map(|(group, scheme)| (group.to_owned(), scheme))
-    .into()
+    let mut schemes = BTreeMap::from(
+        [
+            ("attention.weight", forms(&[Group::Attention])),
+            ("ffn.weight", forms(&[Group::Ffn])),
+            ("linear.input", "uint8-per-token-dynamic".to_owned()),
+            ("linear.bias", "f32".to_owned()),
+            ("embeddings", forms(&[Group::Embedding])),
+            ("norms", "f32".to_owned()),
+        ]
+        .map(|(group, scheme)| (group.to_owned(), scheme)),
+    );
+    if model.architecture().head.is_some() {
+        schemes.insert("head".to_owned(), "f32".to_owned());
+    }
+    schemes
 }
 
 fn f32_tensor(name: String, shape: Vec<usize>, values: &[f32]) -> TensorOut<'static> {
@@ -96,6 +101,15 @@ pub(super) fn tensors(model: &Weights) -> Result<Vec<TensorOut<'static>>, Compre
         let module = hf_names::norm_module(spec.family, slot);
         out.push(f32_tensor(format!("{module}.weight"), vec![width], &norm.gain));
         out.push(f32_tensor(format!("{module}.bias"), vec![width], &norm.bias));
+    }
+    if spec.head.is_some() {
+        for slot in HeadSlot::ALL {
+            let linear = model.head(slot)?;
+            let module = hf_names::head_module(spec.family, slot);
+            let values = linear.weight.to_f32(linear.n_in);
+            out.push(f32_tensor(format!("{module}.weight"), vec![linear.n_out, linear.n_in], &values));
+            out.push(f32_tensor(format!("{module}.bias"), vec![linear.n_out], &linear.bias));
+        }
     }
     Ok(out)
 }
@@ -162,6 +176,22 @@ pub(super) fn side_files(source: &Checkpoint, model: &Weights) -> Result<BTreeMa
     let mut files = BTreeMap::from([
         ("tokenizer.json".to_owned(), source.tokenizer_json().to_vec()),
         ("config.json".to_owned(), pretty(&config(source, model)?)),
+    ]);
+    // A classifier is no sentence encoder: the modules of one would mislead other programs.
+    if architecture.head.is_none() {
+        files.extend(sentence_files(architecture));
+    }
+    for file in COPIED {
+        if let Some(bytes) = read_source(source, file)? {
+            files.insert(file.to_owned(), bytes);
+        }
+    }
+    Ok(files)
+}
+
+/// What makes a directory a sentence encoder.
+fn sentence_files(architecture: &Architecture) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::from([
         (
             "sentence_bert_config.json".to_owned(),
             pretty(&json!({"max_seq_length": architecture.max_input_tokens, "do_lower_case": false})),
@@ -181,12 +211,7 @@ pub(super) fn side_files(source: &Checkpoint, model: &Weights) -> Result<BTreeMa
         })
         .collect();
     files.insert("modules.json".to_owned(), pretty(&Value::Array(modules)));
-    for file in COPIED {
-        if let Some(bytes) = read_source(source, file)? {
-            files.insert(file.to_owned(), bytes);
-        }
-    }
-    Ok(files)
+    files
 }
 
 fn pooling_config(architecture: &Architecture) -> Value {

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::Golden;
 use crate::eval::{Embeddings, Encode, EvalError};
+use crate::model::{Forward, ModelError, Outputs, RaggedBatch, Want};
 
 /// From a single word to a paragraph, with figures, symbols and other scripts.
 pub(super) const TEXTS: [&str; 8] = [
@@ -41,7 +42,26 @@ pub(super) fn entries(
                 ids: encode(text).map_err(EvalError::Encode)?,
                 reference: reference.row(index).to_vec(),
                 cosine: round_cosine(reference.cosine(index, artefact, index)),
+                ..Golden::default()
             })
         })
         .collect()
+}
+
+/// Adds what the classification heads say to the entries.
+pub(super) fn add_scores(
+    entries: &mut [Golden],
+    reference: &mut dyn Forward,
+    artefact: &mut dyn Forward,
+) -> Result<(), ModelError> {
+    let (mut wanted, mut got) = (Outputs::default(), Outputs::default());
+    for entry in entries {
+        let batch = RaggedBatch::from_sequences(&[&entry.ids])?;
+        reference.forward(&batch, Want::Pooled, &mut wanted)?;
+        artefact.forward(&batch, Want::Pooled, &mut got)?;
+        let differences = wanted.pooled.iter().zip(&got.pooled).map(|(a, b)| f64::from((a - b).abs()));
+        entry.score_error = Some(round_cosine(differences.fold(0.0, f64::max)));
+        entry.scores.clone_from(&wanted.pooled);
+    }
+    Ok(())
 }

@@ -17,9 +17,9 @@ use crate::checkpoint::{Checkpoint, Manifest, Quality};
 use crate::eval::{Encode, compare, embed};
 use crate::exec::Runtime;
 use crate::exec::candle::{CandleBuild, CandleF32, GROUP_TOKENS, WeightSource};
-use crate::model::{Encoder, ForwardMemory, Model, ModelError};
+use crate::model::{Encoder, ForwardMemory, Head, Model, ModelError};
 
-/// The reference player on a model in memory, in f32 or f64.
+/// The reference player on a model in memory, in f32 or f64; without a classification head.
 pub(super) fn reference_player(source: &dyn WeightSource, double: bool) -> Result<Model<CandleF32>, ModelError> {
     let architecture = Arc::new(source.architecture().clone());
     let mut build = if double { CandleBuild::double(source) } else { CandleBuild::new(source) };
@@ -40,14 +40,19 @@ pub(super) fn measure_quality(
     progress.phase_started("measure quality", (2 * (held_out.len() + golden::TEXTS.len())) as u64);
     let mut step = |n: usize| progress.advanced(n as u64);
     let expected = embed(&mut reference_player(dense, true)?, encode, &golden::TEXTS, &mut step)?;
-    let got = embed(&mut runtime.portable().player(written)?, encode, &golden::TEXTS, &mut step)?;
+    let got = embed(&mut runtime.portable().player(written)?.with_head(None), encode, &golden::TEXTS, &mut step)?;
     manifest.golden = golden::entries(&expected, &got, encode)?;
+    if written.architecture().head.is_some() {
+        let head = Head::build(dense.architecture(), &mut CandleBuild::double(dense))?;
+        let mut reference = reference_player(dense, true)?.with_head(head.map(Arc::new));
+        golden::add_scores(&mut manifest.golden, &mut reference, &mut runtime.portable().player(written)?)?;
+    }
     let (measured_on, fidelity) = if held_out.is_empty() {
         ("the self-check texts", compare(&expected, &got)?)
     } else {
         let texts: Vec<&str> = held_out.iter().map(String::as_str).collect();
         let expected = embed(&mut reference_player(dense, false)?, encode, &texts, &mut step)?;
-        let got = embed(&mut runtime.player(written)?, encode, &texts, &mut step)?;
+        let got = embed(&mut runtime.player(written)?.with_head(None), encode, &texts, &mut step)?;
         ("lines of the calibration file that were not used", compare(&expected, &got)?)
     };
     manifest.quality = Some(Quality {

@@ -10,7 +10,7 @@ use super::passes::MatrixReport;
 use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, LinearSlot, NormSlot};
+use crate::model::{Architecture, HeadSlot, LinearSlot, NormSlot};
 use crate::quant::Weight;
 
 /// A linear layer `y = x Wᵀ + b`.
@@ -48,6 +48,15 @@ pub struct Weights {
     norms: BTreeMap<NormSlot, NormWeights>,
     tables: BTreeMap<MatrixSlot, Arc<Vec<f32>>>,
     forms: BTreeMap<MatrixSlot, Arc<Weight<'static>>>,
+    /// The classification head; no pass changes it.
+    head: BTreeMap<HeadSlot, DenseLinear>,
+}
+
+impl From<LinearWeights<'_>> for DenseLinear {
+    fn from(linear: LinearWeights<'_>) -> Self {
+        let LinearWeights { n_out, n_in, weight, bias } = linear;
+        Self { n_out, n_in, weight: weight.to_f32(n_in), bias }
+    }
 }
 
 impl Weights {
@@ -62,8 +71,7 @@ impl Weights {
         norms.insert(NormSlot::Embedding, source.norm(NormSlot::Embedding)?);
         for layer in 0..architecture.layers.len() {
             for slot in linear_slots(layer) {
-                let LinearWeights { n_out, n_in, weight, bias } = source.linear(slot)?;
-                linears.insert(slot, DenseLinear { n_out, n_in, weight: weight.to_f32(n_in), bias });
+                linears.insert(slot, source.linear(slot)?.into());
             }
             for slot in [NormSlot::Attention(layer), NormSlot::Ffn(layer)] {
                 norms.insert(slot, source.norm(slot)?);
@@ -78,7 +86,13 @@ impl Weights {
         if let Some(table) = found.token_type {
             tables.insert(MatrixSlot::TokenType, Arc::new(table.to_f32(width)));
         }
-        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new() })
+        let mut head = BTreeMap::new();
+        if architecture.head.is_some() {
+            for slot in HeadSlot::ALL {
+                head.insert(slot, source.head(slot)?.into());
+            }
+        }
+        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new(), head })
     }
 
     /// The model's shape.
@@ -262,6 +276,12 @@ impl WeightSource for Weights {
     fn linear(&self, slot: LinearSlot) -> Result<LinearWeights<'_>, CheckpointError> {
         let linear = self.dense(slot);
         let weight = self.lend(MatrixSlot::Linear(slot));
+        Ok(LinearWeights { n_out: linear.n_out, n_in: linear.n_in, weight, bias: linear.bias.clone() })
+    }
+
+    fn head(&self, slot: HeadSlot) -> Result<LinearWeights<'_>, CheckpointError> {
+        let linear = self.head.get(&slot).ok_or_else(|| CheckpointError::MissingTensor(slot.to_string()))?;
+        let weight = Weight::F32(Cow::Borrowed(&linear.weight));
         Ok(LinearWeights { n_out: linear.n_out, n_in: linear.n_in, weight, bias: linear.bias.clone() })
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::queue::{Queue, Taken};
 use super::request::{Reply, Sequence, Submission};
 use super::worker::Worker;
 use crate::model::{Architecture, Forward, ModelError, Want};
-use crate::telemetry::{ExpiryStage, MemoryKind, Metrics, Stage, events};
+use crate::telemetry::{ExpiryStage, MemoryKind, Metrics, ModelCounters, QueueReading, Stage, events};
 
 /// A running engine; clones are handles to the same one. The workers end when the last handle is dropped.
 #[derive(Debug, Clone)]
@@ -54,7 +54,10 @@ struct WorkerMemory {
 pub(crate) struct Shared {
     limits: EngineLimits,
     architecture: Architecture,
+    /// Numbers of a reply's pooled row.
+    width: usize,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) counters: ModelCounters,
     state: Mutex<State>,
     /// Something waits, or the workers shall stop.
     work: Condvar,
@@ -62,7 +65,7 @@ pub(crate) struct Shared {
     emptied: Notify,
     died: Notify,
     alive: AtomicBool,
-    memory: Arc<[WorkerMemory]>,
+    memory: Box<[WorkerMemory]>,
 }
 
 #[derive(Debug)]
@@ -102,19 +105,33 @@ impl Drop for StopOnDrop {
 }
 
 impl Engine {
-    /// Starts one named thread per worker.
+    /// The engine of a process that serves one model.
     ///
     /// # Errors
-    /// [`StartError`] if there is no worker, a limit is zero, or the system gives no thread.
+    /// As [`Engine::start_named`].
     pub fn start(
         workers: Vec<Box<dyn Forward>>,
         limits: EngineLimits,
         metrics: Arc<Metrics>,
     ) -> Result<Self, StartError> {
+        Self::start_named("model", workers, limits, metrics)
+    }
+
+    /// Starts one named thread per worker; `name` is the model's in metrics.
+    ///
+    /// # Errors
+    /// [`StartError`] if there is no worker, a limit is zero, or the system gives no thread.
+    pub fn start_named(
+        name: &str,
+        workers: Vec<Box<dyn Forward>>,
+        limits: EngineLimits,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StartError> {
         limits.check()?;
-        let architecture = workers.first().ok_or(StartError::NoWorkers)?.architecture().clone();
+        let first = workers.first().ok_or(StartError::NoWorkers)?;
+        let (architecture, width) = (first.architecture().clone(), first.width());
         let n_workers = workers.len();
-        let memory: Arc<[WorkerMemory]> = workers.iter().map(|_| WorkerMemory::default()).collect();
+        let memory: Box<[WorkerMemory]> = workers.iter().map(|_| WorkerMemory::default()).collect();
         let state = State {
             queue: Queue::new(limits.policy()),
             admission: Admission::new(limits.admission()),
@@ -129,6 +146,8 @@ impl Engine {
         let shared = Arc::new(Shared {
             limits,
             architecture,
+            width,
+            counters: metrics.model_counters(name),
             metrics,
             state: Mutex::new(state),
             work: Condvar::new(),
@@ -138,6 +157,7 @@ impl Engine {
             memory,
         });
         shared.tell_memory();
+        shared.tell_queue(name);
         let engine = Self { _stop: Arc::new(StopOnDrop(Arc::clone(&shared))), shared };
         for (index, model) in workers.into_iter().enumerate() {
             engine.shared.note_memory(index, &*model);
@@ -148,8 +168,7 @@ impl Engine {
                 .map_err(StartError::Thread)?;
         }
         let limits = &engine.shared.limits;
-        let (tokens, inputs) = (limits.max_queue_tokens, limits.max_concurrent_requests);
-        events::engine_started(&engine.shared.metrics, n_workers, tokens, inputs);
+        events::engine_started(name, n_workers, limits.max_queue_tokens, limits.max_concurrent_requests);
         Ok(engine)
     }
 
@@ -235,7 +254,7 @@ struct Admitted<'a> {
 impl Admitted<'_> {
     /// Removes what still waits; returns how many sequences that were.
     fn withdraw(&self) -> usize {
-        let withdrawn = self.shared.withdraw_from(&mut self.shared.state(), &self.tickets);
+        let withdrawn = self.shared.state().queue.cancel(&self.tickets);
         withdrawn.len()
     }
 }
@@ -246,7 +265,7 @@ impl Drop for Admitted<'_> {
             events::cancelled(&self.shared.metrics);
         }
         let mut state = self.shared.state();
-        let withdrawn = self.shared.withdraw_from(&mut state, &self.tickets);
+        let withdrawn = state.queue.cancel(&self.tickets);
         state.admission.release(self.ask);
         self.shared.tell_emptied(&state);
         drop(state);
@@ -304,17 +323,16 @@ impl Shared {
         if work.sequences.is_empty() {
             return Err(EngineError::Empty);
         }
-        let row_bytes = self.architecture.d_model * size_of::<f32>();
+        let (pooled_bytes, token_bytes) = (self.width * size_of::<f32>(), self.architecture.d_model * size_of::<f32>());
         let mut ask = Ask { sequences: work.sequences.len(), tokens: 0, bytes: 0 };
         for sequence in &work.sequences {
             self.check_sequence(sequence)?;
             let n_tokens = sequence.ids.len();
-            let n_rows = match work.want {
-                Want::Pooled => 1,
-                Want::PooledAndTokens => 1 + n_tokens,
+            let reply = match work.want {
+                Want::Pooled => pooled_bytes,
+                Want::PooledAndTokens => pooled_bytes.saturating_add(n_tokens.saturating_mul(token_bytes)),
             };
             ask.tokens = ask.tokens.saturating_add(n_tokens);
-            let reply = n_rows.saturating_mul(row_bytes);
             ask.bytes = ask.bytes.saturating_add(size_of_val(&*sequence.ids) + sequence.token_types.len());
             ask.bytes = ask.bytes.saturating_add(reply);
         }
@@ -377,20 +395,10 @@ impl Shared {
             state.queue.push(n_tokens, deadline, Job { pending: Arc::clone(&pending), index, sequence });
         }
         let tickets = start..state.queue.next_ticket();
-        self.tell_queue(&state);
         if state.idle_workers() > 0 {
             self.work.notify_one();
         }
         Ok((tickets, answer))
-    }
-
-    /// Removes what waits under `tickets`; the caller drops it when it has let go of the lock.
-    fn withdraw_from(&self, state: &mut State, tickets: &Range<u64>) -> Vec<Job> {
-        let withdrawn = state.queue.cancel(tickets);
-        if !withdrawn.is_empty() {
-            self.tell_queue(state);
-        }
-        withdrawn
     }
 
     /// For a worker: ends what it took last, if anything, and waits for the next, which it finds in `jobs`, or for
@@ -414,7 +422,6 @@ impl Shared {
                     state.running_tokens += taken.n_tokens;
                     state.drain.started(now);
                 }
-                self.tell_queue(&state);
                 // Each worker wakes the next while there is something left: one submission wakes as many as it needs.
                 if state.queue.len() > 0 && state.idle_workers() > 0 {
                     self.work.notify_one();
@@ -446,15 +453,23 @@ impl Shared {
         let workers_left = state.workers_left;
         let all = 0..state.queue.next_ticket();
         let orphans = if workers_left == 0 { state.queue.cancel(&all) } else { Vec::new() };
-        self.tell_queue(&state);
         drop(state);
         events::worker_died(&self.metrics, index, workers_left);
         self.died.notify_waiters();
         orphans
     }
 
-    fn tell_queue(&self, state: &State) {
-        self.metrics.set_queue(state.queue.len(), state.queue.tokens());
+    /// Has the queue metrics read this queue, as long as it is there.
+    fn tell_queue(self: &Arc<Self>, name: &str) {
+        let shared: Weak<Self> = Arc::downgrade(self);
+        self.metrics.queue_source(name, move || {
+            let shared = shared.upgrade()?;
+            let state = shared.state();
+            let (depth, tokens) = (state.queue.len(), state.queue.tokens());
+            drop(state);
+            let EngineLimits { max_queue_tokens: capacity, max_concurrent_requests: inputs, .. } = shared.limits;
+            Some(QueueReading { depth, tokens, capacity, inputs })
+        });
     }
 
     fn tell_emptied(&self, state: &State) {
@@ -473,10 +488,10 @@ impl Shared {
     }
 
     /// Has the memory metrics read the workers' notes.
-    fn tell_memory(&self) {
+    fn tell_memory(self: &Arc<Self>) {
         let source = |kind, read: fn(&[WorkerMemory]) -> usize| {
-            let memory = Arc::clone(&self.memory);
-            self.metrics.memory_source(kind, move || read(&memory) as u64);
+            let shared: Weak<Self> = Arc::downgrade(self);
+            self.metrics.memory_source(kind, move || Some(read(&shared.upgrade()?.memory) as u64));
         };
         // All workers share one set of weights.
         source(MemoryKind::Weights, |all| {

@@ -37,7 +37,7 @@ pub struct Submission {
 /// Rows of one sequence.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SequenceRows {
-    /// `[d_model]`, not normalised.
+    /// `[width]`, not normalised: the pooled row, or one number per label of a classification head.
     pub pooled: Vec<f32>,
     /// `[n_tokens, d_model]`; empty unless asked for.
     pub tokens: Vec<f32>,

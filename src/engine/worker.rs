@@ -94,11 +94,12 @@ impl Worker {
         );
         match result {
             Ok(()) => {
-                let d_model = self.model.architecture().d_model;
+                self.shared.counters.batch(n_seqs, n_tokens);
+                let widths = Widths { pooled: self.model.width(), token: self.model.architecture().d_model };
                 let view = self.batch.view(0..n_seqs);
                 for (slot, job) in self.jobs.drain(..).enumerate() {
                     let queue = taken_at.saturating_duration_since(job.pending.admitted);
-                    match rows(&self.out, slot, view.rows(slot), d_model, job.pending.want) {
+                    match rows(&self.out, slot, view.rows(slot), widths, job.pending.want) {
                         Some(rows) => job.pending.complete(job.index, rows, queue, compute),
                         None => job.pending.fail(EngineError::NotFinite),
                     }
@@ -133,6 +134,13 @@ impl Worker {
     }
 }
 
+/// Numbers of a row.
+#[derive(Clone, Copy)]
+struct Widths {
+    pooled: usize,
+    token: usize,
+}
+
 /// Copies the rows of sequence `slot` out; `None` if one of them is not finite.
 ///
 /// # Panics
@@ -141,14 +149,15 @@ fn rows(
     out: &Outputs,
     slot: usize,
     token_rows: std::ops::Range<usize>,
-    d_model: usize,
+    widths: Widths,
     want: Want,
 ) -> Option<SequenceRows> {
-    let cut = |all: &[f32], rows: std::ops::Range<usize>| all[rows.start * d_model..rows.end * d_model].to_vec();
-    let pooled = cut(&out.pooled, slot..slot + 1);
+    let cut =
+        |all: &[f32], rows: std::ops::Range<usize>, width: usize| all[rows.start * width..rows.end * width].to_vec();
+    let pooled = cut(&out.pooled, slot..slot + 1, widths.pooled);
     let tokens = match want {
         Want::Pooled => Vec::new(),
-        Want::PooledAndTokens => cut(&out.tokens, token_rows),
+        Want::PooledAndTokens => cut(&out.tokens, token_rows, widths.token),
     };
     let finite = pooled.iter().chain(&tokens).all(|value| value.is_finite());
     finite.then_some(SequenceRows { pooled, tokens })

@@ -75,7 +75,7 @@ pub fn embed(
     let ids = texts.iter().map(|text| encode(text)).collect::<Result<Vec<_>, _>>().map_err(EvalError::Encode)?;
     let mut order: Vec<usize> = (0..ids.len()).collect();
     order.sort_by_key(|&index| ids[index].len());
-    let width = model.architecture().d_model;
+    let width = model.width();
     let mut values = vec![0.0; ids.len() * width];
     let (mut batch, mut out) = (RaggedBatch::new(), Outputs::default());
     let mut rest = &order[..];

@@ -28,7 +28,8 @@ pub struct CandleF32;
 /// A linear layer as the f32 player and its decorators hold it.
 #[derive(Debug, Clone)]
 pub struct CandleLinear {
-    /// Where in the model it stands, for players that observe.
+    /// Where in the encoder it stands, for players that observe. (They play no classification head; its layers carry
+    /// the slot that feeds them, the last layer's [`LinearSlot::FfnDown`].)
     pub slot: LinearSlot,
     /// `[n_out, n_in]`.
     pub weight: Tensor,
@@ -99,6 +100,7 @@ pub fn activate(x: Tensor, then: Activation) -> candle_core::Result<Tensor> {
         Activation::Gelu => gelu::gelu(&x),
         Activation::GeluTanh => x.gelu(),
         Activation::Relu => x.relu(),
+        Activation::Tanh => x.tanh(),
     }
 }
 

@@ -226,6 +226,7 @@ mod tests {
             pooling: Pooling::Mean,
             normalize: true,
             max_input_tokens: 512,
+            head: None,
         })
         .unwrap();
         let costs = forward_costs(&architecture, &[10, 3]).unwrap();

@@ -9,12 +9,13 @@
 
 mod attend;
 mod factors;
+mod plain;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use self::attend::Plan;
 use self::factors::Middle;
-use super::int8_build::{Int8Linear, Int8Norm};
+use super::int8_build::{Int8Linear, Int8Norm, Int8Weights};
 use super::int8_tables::{Gather, Int8Tables};
 use super::workspace::{Aligned, Buffer, Workspace};
 use crate::kernels::attention::Heads;
@@ -328,13 +329,14 @@ fn nonlinearity(activation: Activation) -> Option<Nonlinearity> {
         Activation::Gelu => Some(Nonlinearity::Gelu),
         Activation::GeluTanh => Some(Nonlinearity::GeluTanh),
         Activation::Relu => Some(Nonlinearity::Relu),
+        Activation::Tanh => Some(Nonlinearity::Tanh),
     }
 }
 
 impl Ops for Int8 {
     type Act = Int8Act;
     type Tables = Int8Tables;
-    type Linear = Int8Linear;
+    type Linear = Int8Weights;
     type Norm = Int8Norm;
 
     fn embed(&mut self, tables: &Int8Tables, norm: &Int8Norm, batch: &Ragged<'_>) -> Result<Int8Act, ModelError> {
@@ -364,7 +366,11 @@ impl Ops for Int8 {
         Ok(Int8Act { n_rows, n: d_model, form: Form::Stream { rows, codes } })
     }
 
-    fn linear(&mut self, linear: &Int8Linear, x: &Int8Act, then: Activation) -> Result<Int8Act, ModelError> {
+    fn linear(&mut self, linear: &Int8Weights, x: &Int8Act, then: Activation) -> Result<Int8Act, ModelError> {
+        let linear = match linear {
+            Int8Weights::Packed(linear) => linear,
+            Int8Weights::Plain(linear) => return self.plain(linear, x, then),
+        };
         let (Form::Stream { codes, .. } | Form::Codes(codes)) = &x.form else {
             return self.refuse(Int8Error::Form { verb: "linear" });
         };
@@ -385,11 +391,14 @@ impl Ops for Int8 {
 
     fn linear_add_norm(
         &mut self,
-        linear: &Int8Linear,
+        linear: &Int8Weights,
         x: Int8Act,
         residual: Int8Act,
         norm: &Int8Norm,
     ) -> Result<Int8Act, ModelError> {
+        let Int8Weights::Packed(linear) = linear else {
+            return self.refuse(Int8Error::Form { verb: "linear_add_norm" });
+        };
         let (Form::Stream { codes: input, .. } | Form::Codes(input)) = &x.form else {
             return self.refuse(Int8Error::Form { verb: "linear_add_norm" });
         };

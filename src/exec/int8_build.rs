@@ -9,13 +9,39 @@ use super::timed::{Timed, TimedBuild};
 use crate::checkpoint::Checkpoint;
 use crate::kernels::KernelSet;
 use crate::kernels::threads::Cores;
-use crate::model::{Architecture, Build, Encoder, LinearSlot, Model, ModelError, NormSlot};
+use crate::model::{Architecture, Build, Encoder, Head, HeadSlot, LinearSlot, Model, ModelError, NormSlot};
 use crate::quant::{PackedLayer, Weight};
 
 /// A linear layer.
 #[derive(Debug)]
 pub struct Int8Linear {
     pub(super) layer: PackedLayer,
+}
+
+/// A linear layer of the classification head, in f32: it is played once per sequence, so that its cost is nothing
+/// beside the encoder's and its precision is free.
+#[derive(Debug)]
+pub struct F32Linear {
+    /// `[n_out, n_in]`.
+    pub(super) weight: Vec<f32>,
+    /// `[n_out]`.
+    pub(super) bias: Vec<f32>,
+    pub(super) n_in: usize,
+}
+
+/// A linear layer in the form that it is played in.
+#[derive(Debug)]
+pub enum Int8Weights {
+    /// Of the encoder.
+    Packed(Box<Int8Linear>),
+    /// Of the classification head.
+    Plain(F32Linear),
+}
+
+impl From<Int8Linear> for Int8Weights {
+    fn from(linear: Int8Linear) -> Self {
+        Self::Packed(Box::new(linear))
+    }
 }
 
 /// A LayerNorm.
@@ -48,6 +74,7 @@ impl Int8Linear {
 pub struct Int8Model {
     architecture: Arc<Architecture>,
     encoder: Arc<Encoder<Int8>>,
+    head: Option<Arc<Head<Int8>>>,
     bytes: usize,
     /// Largest width between two factors.
     rank: usize,
@@ -65,12 +92,13 @@ impl Int8Model {
         let architecture = Arc::new(checkpoint.architecture().clone());
         let mut build = Int8Build::new(Arc::clone(checkpoint));
         let encoder = Arc::new(Encoder::build(&architecture, &mut build)?);
-        Ok(Self { architecture, encoder, bytes: build.bytes(), rank: build.rank })
+        let head = Head::build(&architecture, &mut build)?.map(Arc::new);
+        Ok(Self { architecture, encoder, head, bytes: build.bytes(), rank: build.rank })
     }
 
     #[cfg(test)]
     pub(super) fn of_encoder(architecture: Arc<Architecture>, encoder: Arc<Encoder<Int8>>, bytes: usize) -> Self {
-        Self { architecture, encoder, bytes, rank: 0 }
+        Self { architecture, encoder, head: None, bytes, rank: 0 }
     }
 
     /// Bytes of the weights that the workers share, without what stays in the mapping.
@@ -84,7 +112,8 @@ impl Int8Model {
     pub fn worker(&self, kernels: KernelSet, cores: Arc<Cores>, group_tokens: usize) -> Model<Int8> {
         let limits = WorkspaceLimits { rank: self.rank, ..WorkspaceLimits::new(&self.architecture, group_tokens) };
         let player = Int8::new(kernels, cores, &limits, self.bytes);
-        Model::new(Arc::clone(&self.architecture), Arc::clone(&self.encoder), player, group_tokens, Int8::memory)
+        let (architecture, encoder) = (Arc::clone(&self.architecture), Arc::clone(&self.encoder));
+        Model::new(architecture, encoder, player, group_tokens, Int8::memory).with_head(self.head.clone())
     }
 }
 
@@ -156,11 +185,18 @@ impl Build<Int8> for Int8Build {
         Ok(Int8Norm { gain: norm.gain, bias: norm.bias, eps: norm.eps })
     }
 
-    fn linear(&mut self, slot: LinearSlot) -> Result<Int8Linear, ModelError> {
+    fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {
         let linear = self.checkpoint.linear(slot).map_err(ModelError::player)?;
         let linear = Int8Linear::new(&linear.weight, &linear.bias, linear.n_in);
         self.bytes += linear.bytes();
         self.rank = self.rank.max(linear.layer.rank());
-        Ok(linear)
+        Ok(linear.into())
+    }
+
+    fn head(&mut self, slot: HeadSlot) -> Result<Int8Weights, ModelError> {
+        let linear = self.checkpoint.head(slot).map_err(ModelError::player)?;
+        let (weight, n_in) = (linear.weight.to_f32(linear.n_in), linear.n_in);
+        self.bytes += size_of_val(&weight[..]) + size_of_val(&linear.bias[..]);
+        Ok(Int8Weights::Plain(F32Linear { weight, bias: linear.bias, n_in }))
     }
 }

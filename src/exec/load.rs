@@ -8,7 +8,7 @@ use super::int8_build::{GROUP_TOKENS as INT8_GROUP_TOKENS, Int8Model};
 use crate::checkpoint::Checkpoint;
 use crate::kernels::threads::Cores;
 use crate::kernels::{Isa, IsaName, KernelSet};
-use crate::model::{Encoder, Model, ModelError};
+use crate::model::{Encoder, Head, Model, ModelError};
 
 /// The f32 model of a checkpoint; quantized weights are expanded.
 ///
@@ -16,8 +16,10 @@ use crate::model::{Encoder, Model, ModelError};
 /// Naming the tensor that is missing or damaged.
 pub fn candle_model(checkpoint: &Checkpoint) -> Result<Model<CandleF32>, ModelError> {
     let architecture = Arc::new(checkpoint.architecture().clone());
-    let encoder = Encoder::build(&architecture, &mut CandleBuild::new(checkpoint))?;
-    Ok(Model::new(architecture, encoder.into(), CandleF32, GROUP_TOKENS, memory))
+    let mut build = CandleBuild::new(checkpoint);
+    let encoder = Encoder::build(&architecture, &mut build)?;
+    let head = Head::build(&architecture, &mut build)?.map(Arc::new);
+    Ok(Model::new(architecture, encoder.into(), CandleF32, GROUP_TOKENS, memory).with_head(head))
 }
 
 /// The serving player's surroundings on this machine: its kernels and its computing threads.

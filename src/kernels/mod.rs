@@ -5,6 +5,7 @@
 
 mod arch;
 pub mod attention;
+mod dense;
 pub mod forms;
 mod half;
 mod isa;
@@ -15,6 +16,7 @@ pub mod threads;
 
 pub use arch::{Block, CodeRowsMut, KernelSet, Norm};
 pub use attention::AttentionForm;
+pub use dense::dense;
 pub use half::{f32_to_half, half_to_f32};
 pub use isa::{Isa, IsaError, IsaName};
 
@@ -27,6 +29,8 @@ pub enum Nonlinearity {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// The hyperbolic tangent; absolute error 1e-6.
+    Tanh,
 }
 
 /// Many rows to one.

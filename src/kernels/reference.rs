@@ -63,6 +63,7 @@ pub fn activate(kind: Nonlinearity, x: f64) -> f64 {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
         }
         Nonlinearity::Relu => x.max(0.0),
+        Nonlinearity::Tanh => x.tanh(),
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Band, ModelError};
+use super::{Band, HeadConfig, ModelError};
 
 /// Families that share this forward text; they differ in tensor names (`checkpoint::hf_names`) and in the data below.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,8 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// The hyperbolic tangent.
+    Tanh,
 }
 
 /// How token rows become one row per sequence.
@@ -115,6 +117,9 @@ pub struct ArchitectureSpec {
     pub normalize: bool,
     /// Longest input in tokens, special tokens included.
     pub max_input_tokens: usize,
+    /// The classification head, if the model has one; its input is the first token's row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadConfig>,
 }
 
 /// A checked [`ArchitectureSpec`]: every declared size is in range and consistent.
@@ -131,6 +136,7 @@ impl Deref for Architecture {
 /// Largest width that integer accumulation is proven for: 2^31 / (255 · 128) rounded down to a power of two.
 const MAX_WIDTH: usize = 65_536;
 const MAX_LAYERS: usize = 1_024;
+const MAX_LABELS: usize = 4_096;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 20;
 
@@ -164,6 +170,13 @@ impl Architecture {
         if !(spec.norm_eps > 0.0 && spec.norm_eps < 1.0) {
             let reason = format!("{} is not in (0, 1)", spec.norm_eps);
             return Err(ModelError::Architecture { field: "layer_norm_eps", reason });
+        }
+        if let Some(head) = &spec.head {
+            in_range("num_labels", head.labels.len(), MAX_LABELS)?;
+            if spec.pooling != Pooling::Cls {
+                let reason = format!("a classification head reads the first token's row, not {:?}", spec.pooling);
+                return Err(ModelError::Architecture { field: "pooling", reason });
+            }
         }
         for layer in &spec.layers {
             in_range("n_heads", layer.n_heads, MAX_WIDTH)?;

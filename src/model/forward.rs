@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Architecture, Encoder, ModelError, Ops, RaggedBatch};
+use super::{Architecture, Encoder, Head, ModelError, Ops, RaggedBatch};
 
 /// What a caller wants of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -18,7 +18,7 @@ pub enum Want {
 /// Results of a batch; reused from batch to batch.
 #[derive(Debug, Default)]
 pub struct Outputs {
-    /// `[n_seqs, d_model]`, not normalised.
+    /// `[n_seqs, width]`, not normalised: the pooled rows, or what a classification head makes of them.
     pub pooled: Vec<f32>,
     /// `[n_tokens, d_model]`, empty unless asked for.
     pub tokens: Vec<f32>,
@@ -40,6 +40,11 @@ pub trait Forward: Send {
     /// The model's shape.
     fn architecture(&self) -> &Architecture;
 
+    /// Numbers per sequence: the model's width, or with a classification head the number of labels.
+    fn width(&self) -> usize {
+        self.architecture().d_model
+    }
+
     /// Runs `batch`. The results of a sequence do not depend on the other sequences.
     ///
     /// # Errors
@@ -54,6 +59,7 @@ pub trait Forward: Send {
 pub struct Model<O: Ops> {
     architecture: Arc<Architecture>,
     encoder: Arc<Encoder<O>>,
+    head: Option<Arc<Head<O>>>,
     ops: O,
     /// A batch is played in groups of whole sequences of about this many tokens, so that a group's activations stay
     /// in the L2 cache; a longer sequence is a group of its own.
@@ -76,7 +82,14 @@ impl<O: Ops> Model<O> {
         group_tokens: usize,
         memory: fn(&O) -> ForwardMemory,
     ) -> Self {
-        Self { architecture, encoder, ops, group_tokens, memory }
+        Self { architecture, encoder, head: None, ops, group_tokens, memory }
+    }
+
+    /// The same model ending in `head`.
+    #[must_use]
+    pub fn with_head(mut self, head: Option<Arc<Head<O>>>) -> Self {
+        self.head = head;
+        self
     }
 
     /// Another player of the same weights.
@@ -88,6 +101,7 @@ impl<O: Ops> Model<O> {
         Self {
             architecture: Arc::clone(&self.architecture),
             encoder: Arc::clone(&self.encoder),
+            head: self.head.clone(),
             ops: self.ops.clone(),
             group_tokens: self.group_tokens,
             memory: self.memory,
@@ -158,6 +172,10 @@ where
         &self.architecture
     }
 
+    fn width(&self) -> usize {
+        self.head.as_ref().map_or(self.architecture.d_model, |head| head.n_labels())
+    }
+
     fn forward(&mut self, batch: &RaggedBatch, want: Want, out: &mut Outputs) -> Result<(), ModelError> {
         self.check(batch)?;
         out.pooled.clear();
@@ -166,7 +184,13 @@ where
             let view = batch.view(group);
             let x = self.encoder.forward(&mut self.ops, &view)?;
             let pooled = self.ops.pool(&x, self.architecture.pooling, &view)?;
-            self.ops.read(&pooled, &mut out.pooled)?;
+            match &self.head {
+                None => self.ops.read(&pooled, &mut out.pooled)?,
+                Some(head) => {
+                    let scores = head.forward(&mut self.ops, &pooled)?;
+                    self.ops.read(&scores, &mut out.pooled)?;
+                }
+            }
             if want == Want::PooledAndTokens {
                 self.ops.read(&x, &mut out.tokens)?;
             }

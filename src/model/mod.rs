@@ -10,6 +10,7 @@ mod config;
 mod encoder;
 mod error;
 mod forward;
+mod head;
 mod ops;
 
 pub use band::{Band, BandError, Seen, Shape};
@@ -18,4 +19,5 @@ pub use config::{Activation, Architecture, ArchitectureSpec, Family, LayerConfig
 pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
 pub use forward::{Forward, ForwardMemory, GROUP_GRAIN, Model, Outputs, Want};
+pub use head::{Head, HeadConfig, HeadSlot, ScoreFunction};
 pub use ops::{AttentionSpec, Build, LinearSlot, NormSlot, Ops};

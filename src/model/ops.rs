@@ -1,6 +1,6 @@
 //! The verbs a model is written in, and where its weights come from.
 
-use super::{Activation, Band, LayerConfig, ModelError, Pooling, Ragged};
+use super::{Activation, Band, HeadSlot, LayerConfig, ModelError, Pooling, Ragged};
 
 /// The verbs. Adding one is an architecture change (`tests/tidy.rs` caps them at 8).
 ///
@@ -156,4 +156,11 @@ pub trait Build<O: Ops> {
     /// # Errors
     /// If the weights are missing or do not fit the architecture.
     fn linear(&mut self, slot: LinearSlot) -> Result<O::Linear, ModelError>;
+    /// A linear layer of the classification head, for those who play models with one.
+    ///
+    /// # Errors
+    /// If the weights are missing or do not fit the architecture, or heads are not played.
+    fn head(&mut self, slot: HeadSlot) -> Result<O::Linear, ModelError> {
+        Err(ModelError::Architecture { field: "head", reason: format!("{slot} is not played here") })
+    }
 }

@@ -2,12 +2,52 @@
 //!
 //! Names and shapes are Text Embeddings Inference's and OpenAI's. Unknown fields are ignored, as both do.
 
+mod inference;
 mod inputs;
+mod score;
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use inference::{
+    InferParameters, InferRequest, InferResponse, InferTensor, InferredTensor, ModelMetadata, ModelReady,
+    RequestedOutput, ServerLive, ServerMetadata, ServerReady, TensorData, TensorMetadata,
+};
 pub use inputs::{Bounded, IdLists, Input, Item, MAX_ITEMS, Object, Texts};
+pub use score::{
+    CohereRerankRequest, CohereRerankResponse, CohereResult, Document, DocumentText, PredictInput, PredictRequest,
+    Prediction, Rank, RerankRequest, Sentence,
+};
+
+/// A request body that may name the model it is for, in a field of its API.
+pub trait Named {
+    /// The name, if one was given.
+    fn model(&self) -> Option<&str> {
+        None
+    }
+}
+
+/// In which numbers an embedding is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputDtype {
+    /// Single precision.
+    #[default]
+    #[serde(alias = "float32", alias = "f32")]
+    Float,
+    /// Half precision (IEEE 754 binary16).
+    #[serde(alias = "f16")]
+    Float16,
+    /// Integers of -127 to 127: the vector scaled so that its largest number is 127. The cosine of two such vectors is
+    /// that of the originals but for rounding.
+    Int8,
+    /// One bit per number, 1 where it is positive, eight to a byte from the most significant bit; each byte less 128.
+    Binary,
+    /// The same, as bytes of 0 to 255.
+    Ubinary,
+}
 
 /// Which end of an input that is too long is cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, ToSchema)]
@@ -46,6 +86,9 @@ pub struct EmbedRequest {
     /// Keep only so many leading numbers of each embedding.
     #[serde(default)]
     pub dimensions: Option<usize>,
+    /// In which numbers embeddings are written.
+    #[serde(default)]
+    pub output_dtype: Option<OutputDtype>,
 }
 
 /// Body of `POST /embed_all`.
@@ -149,7 +192,7 @@ pub enum EncodingFormat {
     /// A list of numbers.
     #[default]
     Float,
-    /// Base64 of the numbers as little-endian IEEE 754 single precision.
+    /// Base64 of the numbers' bytes, little-endian; single precision unless `output_dtype` says otherwise.
     Base64,
 }
 
@@ -158,7 +201,7 @@ pub enum EncodingFormat {
 pub struct OpenAiRequest {
     /// Texts or token ids.
     pub input: Input,
-    /// Ignored: there is one model.
+    /// Which model; anything where there is only one.
     #[serde(default)]
     pub model: Option<String>,
     /// Ignored.
@@ -170,6 +213,20 @@ pub struct OpenAiRequest {
     /// Keep only so many leading numbers of each embedding.
     #[serde(default)]
     pub dimensions: Option<usize>,
+    /// In which numbers embeddings are written.
+    #[serde(default)]
+    pub output_dtype: Option<OutputDtype>,
+}
+
+impl Named for EmbedRequest {}
+impl Named for EmbedAllRequest {}
+impl Named for SimilarityRequest {}
+impl Named for TokenizeRequest {}
+impl Named for DecodeRequest {}
+impl Named for OpenAiRequest {
+    fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
 }
 
 /// Tokens of a request to `POST /v1/embeddings`.
@@ -181,7 +238,7 @@ pub struct OpenAiUsage {
     pub total_tokens: usize,
 }
 
-/// An embedding: numbers or base64.
+/// An embedding: numbers (whole ones for `int8`, `binary` and `ubinary`) or base64 of them.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum OpenAiVector {
@@ -201,6 +258,9 @@ pub struct OpenAiEmbedding {
     pub embedding: OpenAiVector,
     /// Position of its input.
     pub index: usize,
+    /// With `int8`: what the integers are to be multiplied by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f32>,
 }
 
 /// Answer of `POST /v1/embeddings`. (Written by hand, this is its description.)
@@ -238,7 +298,7 @@ pub struct OpenAiModels {
     /// Always `list`.
     #[schema(example = "list")]
     pub object: &'static str,
-    /// The one model.
+    /// The models, the first of which is meant where none is named.
     pub data: Vec<OpenAiModel>,
 }
 
@@ -251,6 +311,38 @@ pub enum ModelType {
         /// How token rows become one row.
         pooling: &'static str,
     },
+    /// It scores a text or a pair of texts for several labels.
+    Classifier {
+        /// Labels by their number.
+        id2label: BTreeMap<String, String>,
+        /// Numbers by their label.
+        label2id: BTreeMap<String, usize>,
+    },
+    /// It scores a pair of texts.
+    Reranker {
+        /// Its one label.
+        id2label: BTreeMap<String, String>,
+        /// The same.
+        label2id: BTreeMap<String, usize>,
+    },
+}
+
+/// A model that was loaded anew.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct Reloaded {
+    /// Its name.
+    pub model: String,
+    /// Commit or hash of what is served now.
+    pub model_sha: Option<String>,
+    /// Time that loading and checking took.
+    pub took_ms: f64,
+}
+
+/// Answer of `POST /admin/reload`.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ReloadResponse {
+    /// The models that were replaced.
+    pub reloaded: Vec<Reloaded>,
 }
 
 /// Answer of `GET /info`.

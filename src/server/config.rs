@@ -4,7 +4,19 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use crate::model::Pooling;
+use crate::model::{HeadConfig, Pooling};
+
+/// What a model is for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Task {
+    /// It makes embeddings.
+    Embedding {
+        /// How token rows become one row.
+        pooling: Pooling,
+    },
+    /// It gives scores to a text or a pair of texts: a reranker with one label, a classifier with several.
+    Classification(HeadConfig),
+}
 
 /// The model, as the service presents it.
 #[derive(Debug, Clone)]
@@ -25,21 +37,27 @@ pub struct ServedModel {
     pub attention: String,
     /// Instruction set of the kernels.
     pub isa: String,
-    /// How token rows become one row.
-    pub pooling: Pooling,
+    /// What it is for.
+    pub task: Task,
     /// Numbers of an embedding.
     pub d_model: usize,
     /// Rows of the embedding table; ids beyond are refused.
     pub vocab_size: usize,
+    /// Token types; those of a tokenizer that knows more are dropped.
+    pub n_token_types: usize,
     /// Longest input in tokens.
     pub max_input_tokens: usize,
+    /// Bytes of its weights on disk.
+    pub file_bytes: usize,
+    /// Prompts by name.
+    pub prompts: BTreeMap<String, String>,
+    /// Prompt of requests that name none.
+    pub default_prompt: Option<String>,
 }
 
 /// Settings of the service. The defaults are Text Embeddings Inference's where it has the setting.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
-    /// The model.
-    pub model: ServedModel,
     /// Keys that clients may use; none means that no key is needed.
     pub api_keys: Vec<String>,
     /// Origins that browsers may call from; none means any.
@@ -52,11 +70,7 @@ pub struct ServerConfig {
     pub auto_truncate: bool,
     /// Deadline of requests that name none, from their arrival.
     pub default_timeout: Option<Duration>,
-    /// Prompts by name.
-    pub prompts: BTreeMap<String, String>,
-    /// Prompt of requests that name none.
-    pub default_prompt: Option<String>,
-    /// Threads that tokenize.
+    /// Threads that tokenize, for each model.
     pub tokenization_workers: NonZeroUsize,
     /// Time a request's head may take to arrive, and a connection may be idle.
     pub head_timeout: Duration,
@@ -66,20 +80,15 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
 }
 
-impl ServerConfig {
-    /// Defaults for `model`.
-    #[must_use]
-    pub fn new(model: ServedModel) -> Self {
+impl Default for ServerConfig {
+    fn default() -> Self {
         Self {
-            model,
             api_keys: Vec::new(),
             cors_allow_origin: Vec::new(),
             payload_limit: 2_000_000,
             max_client_batch_size: 32,
             auto_truncate: true,
             default_timeout: None,
-            prompts: BTreeMap::new(),
-            default_prompt: None,
             tokenization_workers: NonZeroUsize::MIN,
             // Longer than load balancers keep idle connections (60 s is common), so that they close first.
             head_timeout: Duration::from_secs(75),
@@ -110,6 +119,15 @@ pub enum ConfigError {
     Origin {
         /// As given.
         origin: String,
+    },
+    /// No model to serve.
+    #[error("there is no model to serve")]
+    NoModel,
+    /// Two models of one name.
+    #[error("two models are named `{name}`")]
+    ModelName {
+        /// The name.
+        name: String,
     },
     /// A key that cannot be sent in a header.
     #[error("an API key must be made of visible ASCII characters")]

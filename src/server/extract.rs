@@ -4,16 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{FromRequest, Request};
-use axum::http::{HeaderMap, header};
+use axum::extract::{FromRequest, Query, Request};
+use axum::http::{HeaderMap, Uri, header};
 use http_body_util::BodyExt;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::api::Object;
+use super::api::{Named, Object};
 use super::error::ServerError;
-use super::layers::{Arrival, REQUEST_TIMEOUT};
+use super::layers::{Arrival, MODEL, REQUEST_TIMEOUT};
+use super::models::Model;
 use super::state::AppState;
 use crate::telemetry::{ExpiryStage, events};
 
@@ -24,9 +26,31 @@ pub(crate) const SMALL_BODY: usize = 64 * 1024;
 /// A deadline further away than this is a mistake.
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
 
+/// The service, and the model that a request is for.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    pub(crate) app: AppState,
+    pub(crate) model: Arc<Model>,
+}
+
+/// The model that a request's address or headers name: `?model=…`, or the header `x-model`.
+pub(crate) fn asked_model(uri: &Uri, headers: &HeaderMap) -> Result<Option<String>, ServerError> {
+    #[derive(Deserialize)]
+    struct Asked {
+        model: Option<String>,
+    }
+    let invalid = || ServerError::Value { field: "model", reason: "must be the name of a model".to_owned() };
+    let Query(Asked { model }) = Query::try_from_uri(uri).map_err(|_| invalid())?;
+    if model.is_some() {
+        return Ok(model);
+    }
+    headers.get(MODEL).map(|value| value.to_str().map(str::to_owned).map_err(|_| invalid())).transpose()
+}
+
 /// A parsed request.
 #[derive(Debug)]
 pub(crate) struct Call<T> {
+    pub(crate) target: Target,
     pub(crate) body: T,
     pub(crate) clock: Clock,
     /// To be held while the request's content is.
@@ -41,7 +65,7 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    fn of(app: &AppState, start: Instant, headers: &HeaderMap) -> Result<Self, ServerError> {
+    pub(crate) fn of(app: &AppState, start: Instant, headers: &HeaderMap) -> Result<Self, ServerError> {
         let timeout = match headers.get(REQUEST_TIMEOUT) {
             None => app.config.default_timeout,
             Some(value) => {
@@ -67,16 +91,57 @@ impl Clock {
     }
 }
 
-impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Call<T> {
+/// A request that has been read and not parsed: what its body must be may depend on the model.
+#[derive(Debug)]
+pub(crate) struct Received {
+    app: AppState,
+    asked: Option<String>,
+    bytes: Bytes,
+    clock: Clock,
+    memory: Option<OwnedSemaphorePermit>,
+}
+
+impl Received {
+    /// The model that it is for, as far as its address and headers say.
+    pub(crate) fn model(&self) -> Result<Arc<Model>, ServerError> {
+        self.app.models.find(self.asked.as_deref(), None)
+    }
+
+    /// The same request for a model that its path names.
+    pub(crate) fn for_model(mut self, name: String) -> Self {
+        self.asked = Some(name);
+        self
+    }
+
+    /// Reads the body as a `T`.
+    pub(crate) async fn parse<T: DeserializeOwned + Named + Send + 'static>(self) -> Result<Call<T>, ServerError> {
+        let Self { app, asked, bytes, clock, memory } = self;
+        let Object(body): Object<T> = if bytes.len() <= SMALL_BODY {
+            serde_json::from_slice(&bytes)?
+        } else {
+            let first = app.models.first();
+            let parsing = first.pool.run(move |_, _| serde_json::from_slice(&bytes));
+            clock.within(&app, parsing).await?.map_err(ServerError::Pool)??
+        };
+        let model = app.models.find(asked.as_deref(), body.model())?;
+        Ok(Call { target: Target { app, model }, body, clock, memory })
+    }
+}
+
+impl FromRequest<AppState> for Received {
     type Rejection = ServerError;
 
     async fn from_request(request: Request, app: &AppState) -> Result<Self, ServerError> {
         let start = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.start);
         let (head, body) = request.into_parts();
-        let checked =
-            if is_json(&head.headers) { Clock::of(app, start, &head.headers) } else { Err(ServerError::MediaType) };
-        let clock = match checked {
-            Ok(clock) => clock,
+        let check = || {
+            if !is_json(&head.headers) {
+                return Err(ServerError::MediaType);
+            }
+            Ok((Clock::of(app, start, &head.headers)?, asked_model(&head.uri, &head.headers)?))
+        };
+        let (clock, asked) = match check() {
+            Ok(checked) => checked,
             Err(error) => {
                 discard(&head.headers, body).await;
                 return Err(error);
@@ -90,13 +155,15 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Call<T> {
             Err(_) if end < last => return Err(clock.expired(app)),
             Err(_) => return Err(ServerError::BodyTimeout { limit }),
         };
-        let Object(body) = if bytes.len() <= SMALL_BODY {
-            serde_json::from_slice(&bytes)?
-        } else {
-            let parsing = app.pool.run(move |_, _| serde_json::from_slice(&bytes));
-            clock.within(app, parsing).await?.map_err(ServerError::Pool)??
-        };
-        Ok(Self { body, clock, memory })
+        Ok(Self { app: app.clone(), asked, bytes, clock, memory })
+    }
+}
+
+impl<T: DeserializeOwned + Named + Send + 'static> FromRequest<AppState> for Call<T> {
+    type Rejection = ServerError;
+
+    async fn from_request(request: Request, app: &AppState) -> Result<Self, ServerError> {
+        Received::from_request(request, app).await?.parse().await
     }
 }
 

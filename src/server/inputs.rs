@@ -1,17 +1,19 @@
 //! From the inputs of a request to sequences of token ids.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::api::{Bounded, Input, Item, TruncationDirection};
 use super::error::{ServerError, shortened};
-use super::extract::Clock;
+use super::extract::{Clock, Target};
+use super::models::Model;
 use super::state::AppState;
 use crate::engine::Sequence;
 use crate::telemetry::{Stage, events};
-use crate::text::{Direction, Tokenizer, Wanted};
+use crate::text::{Direction, Part, Tokenizer, Wanted};
 
 /// Texts up to this many bytes together are tokenized on the spot. BERT's tokenizer takes some 0.4 µs per byte, so that
 /// this stays well under the 500 µs that a task may keep the reactor; handing them to another thread costs two switches,
@@ -21,8 +23,31 @@ const INLINE_BYTES: usize = 512;
 /// Text Embeddings Inference refuses inputs with more characters per token allowed than this without tokenizing them.
 const MAX_CHARS_PER_TOKEN: usize = 250;
 
-/// How inputs become sequences.
+/// What becomes one sequence.
 #[derive(Debug, Clone)]
+pub(crate) enum Piece {
+    /// A text or token ids.
+    Item(Item),
+    /// Two texts. The first is often shared by many pairs, and then tokenized once.
+    Pair(Arc<str>, String),
+    /// Token ids with types of their own.
+    Sequence(Sequence),
+}
+
+impl Piece {
+    /// Bytes to tokenize, or to look at.
+    fn len(&self) -> usize {
+        match self {
+            Self::Item(Item::Text(text)) => text.len(),
+            Self::Item(Item::Ids(ids)) => ids.len(),
+            Self::Pair(first, second) => first.len() + second.len(),
+            Self::Sequence(sequence) => sequence.ids.len(),
+        }
+    }
+}
+
+/// How inputs become sequences.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Options {
     pub(crate) truncate: Option<bool>,
     pub(crate) direction: TruncationDirection,
@@ -39,28 +64,35 @@ pub(crate) struct Encoded {
 }
 
 /// The list of inputs, checked for their number.
-pub(crate) fn items_of(app: &AppState, input: Input, field: &'static str) -> Result<Vec<Item>, ServerError> {
-    match input {
-        Input::One(item) => Ok(vec![item]),
-        Input::Many(many) => checked_batch(app, many, field),
-    }
+pub(crate) fn pieces_of(app: &AppState, input: Input, field: &'static str) -> Result<Vec<Piece>, ServerError> {
+    let items = match input {
+        Input::One(item) => vec![item],
+        Input::Many(many) => checked_batch(app, many, field)?,
+    };
+    Ok(items.into_iter().map(Piece::Item).collect())
 }
 
 /// A list that is neither empty nor too long.
 pub(crate) fn checked_batch<T>(app: &AppState, list: Bounded<T>, field: &'static str) -> Result<Vec<T>, ServerError> {
+    checked_len(app, list.n_sent, field)?;
+    Ok(list.items)
+}
+
+/// Refuses a number of inputs that is none, or too many for one request.
+pub(crate) fn checked_len(app: &AppState, n_inputs: usize, field: &'static str) -> Result<(), ServerError> {
     let limit = app.config.max_client_batch_size;
-    match list.n_sent {
+    match n_inputs {
         0 => Err(ServerError::Empty { field }),
         got if got > limit => Err(ServerError::ClientBatch { got, limit }),
-        _ => Ok(list.items),
+        _ => Ok(()),
     }
 }
 
 /// The prompt that `name` stands for; the default one without a name.
-pub(crate) fn prompt<'a>(app: &'a AppState, name: Option<&str>) -> Result<Option<&'a str>, ServerError> {
-    let Some(name) = name else { return Ok(app.config.default_prompt.as_deref()) };
+pub(crate) fn prompt<'a>(model: &'a Model, name: Option<&str>) -> Result<Option<&'a str>, ServerError> {
+    let Some(name) = name else { return Ok(model.card.default_prompt.as_deref()) };
     let unknown = || ServerError::Prompt { name: shortened(name, 64) };
-    app.config.prompts.get(name).map(|prompt| Some(prompt.as_str())).ok_or_else(unknown)
+    model.card.prompts.get(name).map(|prompt| Some(prompt.as_str())).ok_or_else(unknown)
 }
 
 /// `text` with `prompt` before it.
@@ -73,51 +105,50 @@ pub(crate) fn prompted<'a>(prompt: Option<&str>, text: &'a str) -> Cow<'a, str> 
 
 /// Runs `work` on the spot if it is about few bytes, else on the tokenizer's threads; counts its time.
 pub(crate) async fn tokenizing<T: Send + 'static>(
-    app: &AppState,
+    target: &Target,
     clock: Clock,
     n_bytes: usize,
-    work: impl FnOnce(&AppState, &Tokenizer, &Wanted<'_>) -> Result<T, ServerError> + Send + 'static,
+    work: impl FnOnce(&Target, &Tokenizer, &Wanted<'_>) -> Result<T, ServerError> + Send + 'static,
 ) -> Result<(T, Duration), ServerError> {
     let start = Instant::now();
+    let pool = &target.model.pool;
     let done = if n_bytes <= INLINE_BYTES {
-        work(app, app.pool.tokenizer(), &Wanted::ALWAYS)
+        work(target, pool.tokenizer(), &Wanted::ALWAYS)
     } else {
-        let state = app.clone();
-        let job = app.pool.run(move |tokenizer, wanted| work(&state, tokenizer, wanted));
-        clock.within(app, job).await?.map_err(ServerError::Pool)?
+        let of_job = target.clone();
+        let job = pool.run(move |tokenizer, wanted| work(&of_job, tokenizer, wanted));
+        clock.within(&target.app, job).await?.map_err(ServerError::Pool)?
     }?;
     let took = start.elapsed();
-    events::stage_passed(&app.metrics, Stage::Tokenize, took);
+    events::stage_passed(&target.app.metrics, Stage::Tokenize, took);
     Ok((done, took))
 }
 
 /// Turns the inputs of a request into sequences.
 pub(crate) async fn encode(
-    app: &AppState,
+    target: &Target,
     clock: Clock,
-    items: Vec<Item>,
+    pieces: Vec<Piece>,
     options: Options,
     field: &'static str,
 ) -> Result<Encoded, ServerError> {
-    let prompt_len = prompt(app, options.prompt_name.as_deref())?.map_or(0, str::len);
-    let n_bytes = items.iter().map(|item| match item {
-        Item::Text(text) => text.len() + prompt_len,
-        Item::Ids(ids) => ids.len() + prompt_len,
-    });
-    let (mut encoded, took) = tokenizing(app, clock, n_bytes.sum(), move |app, tokenizer, wanted| {
-        let encoder =
-            Encoder { app, tokenizer, prompt: prompt(app, options.prompt_name.as_deref())?, options: &options };
+    let prompt_len = prompt(&target.model, options.prompt_name.as_deref())?.map_or(0, str::len);
+    let n_bytes = pieces.iter().map(|piece| piece.len() + prompt_len).sum();
+    let (mut encoded, took) = tokenizing(target, clock, n_bytes, move |target, tokenizer, wanted| {
+        let Target { app, model } = target;
+        let prompt = prompt(model, options.prompt_name.as_deref())?;
+        let mut encoder = Encoder { app, model, tokenizer, prompt, options: &options, field, first: None };
         let mut encoded =
-            Encoded { sequences: Vec::with_capacity(items.len()), n_chars: 0, n_tokens: 0, took: Duration::ZERO };
-        for item in items {
+            Encoded { sequences: Vec::with_capacity(pieces.len()), n_chars: 0, n_tokens: 0, took: Duration::ZERO };
+        for piece in pieces {
             if !wanted.now() {
                 // Nobody will see this.
                 return Err(ServerError::Internal);
             }
-            let (ids, n_chars) = encoder.encode(item, field)?;
+            let (sequence, n_chars) = encoder.encode(piece)?;
             encoded.n_chars += n_chars;
-            encoded.n_tokens += ids.len();
-            encoded.sequences.push(Sequence::new(ids));
+            encoded.n_tokens += sequence.ids.len();
+            encoded.sequences.push(sequence);
         }
         Ok(encoded)
     })
@@ -128,27 +159,29 @@ pub(crate) async fn encode(
 
 struct Encoder<'a> {
     app: &'a AppState,
+    model: &'a Model,
     tokenizer: &'a Tokenizer,
     prompt: Option<&'a str>,
     options: &'a Options,
+    field: &'static str,
+    /// The first text of the last pair.
+    first: Option<(Arc<str>, Part)>,
 }
 
 impl Encoder<'_> {
-    /// Ids of an input, and its characters (for ids, their number).
-    fn encode(&self, item: Item, field: &'static str) -> Result<(Vec<u32>, usize), ServerError> {
-        match item {
-            Item::Text(text) if text.is_empty() => Err(ServerError::Empty { field }),
-            Item::Text(text) => {
+    /// The sequence of an input, and its characters (for ids, their number).
+    fn encode(&mut self, piece: Piece) -> Result<(Sequence, usize), ServerError> {
+        let empty = ServerError::Empty { field: self.field };
+        match piece {
+            Piece::Item(Item::Text(text)) if text.is_empty() => Err(empty),
+            Piece::Item(Item::Text(text)) => {
                 let n_chars = text.chars().count();
-                Ok((self.encode_text(&prompted(self.prompt, &text))?, n_chars))
+                Ok((Sequence::new(self.encode_text(&prompted(self.prompt, &text))?), n_chars))
             }
-            Item::Ids(ids) if ids.is_empty() => Err(ServerError::Empty { field }),
-            Item::Ids(ids) => {
+            Piece::Item(Item::Ids(ids)) if ids.is_empty() => Err(empty),
+            Piece::Item(Item::Ids(ids)) => {
                 let n_ids = ids.len();
-                let vocab_size = self.app.vocab_size;
-                if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
-                    return Err(ServerError::TokenId { id, vocab_size });
-                }
+                self.check_ids(&ids)?;
                 let ids = match self.prompt {
                     None => self.fit(ids)?,
                     // A prompt is a text, so the ids have to become one too.
@@ -157,8 +190,32 @@ impl Encoder<'_> {
                         self.encode_text(&prompted(self.prompt, &text))?
                     }
                 };
-                Ok((ids, n_ids))
+                Ok((Sequence::new(ids), n_ids))
             }
+            Piece::Pair(first, second) if first.is_empty() && second.is_empty() => Err(empty),
+            Piece::Pair(first, second) => {
+                let n_chars = first.chars().count() + second.chars().count();
+                Ok((self.encode_pair(&first, &second)?, n_chars))
+            }
+            Piece::Sequence(sequence) if sequence.ids.is_empty() => Err(empty),
+            Piece::Sequence(sequence) => {
+                let n_ids = sequence.ids.len();
+                self.check_ids(&sequence.ids)?;
+                if sequence.token_types.is_empty() {
+                    return Ok((Sequence::new(self.fit(sequence.ids)?), n_ids));
+                }
+                // Where to cut such a sequence only its maker knows.
+                let limit = self.model.max_input_tokens;
+                if n_ids > limit { Err(ServerError::TooLong { got: n_ids, limit }) } else { Ok((sequence, n_ids)) }
+            }
+        }
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<(), ServerError> {
+        let vocab_size = self.model.card.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(ServerError::TokenId { id, vocab_size }),
+            None => Ok(()),
         }
     }
 
@@ -173,8 +230,20 @@ impl Encoder<'_> {
         }
     }
 
+    /// Refuses what has so many characters that it need not be tokenized to be refused.
+    fn check_chars(&self, texts: &[&str]) -> Result<(), ServerError> {
+        let limit = self.model.max_input_tokens.saturating_mul(MAX_CHARS_PER_TOKEN);
+        if texts.iter().map(|text| text.len()).sum::<usize>() > limit {
+            let got = texts.iter().map(|text| text.chars().count()).sum();
+            if got > limit {
+                return Err(ServerError::TooManyChars { got, limit });
+            }
+        }
+        Ok(())
+    }
+
     fn encode_text(&self, text: &str) -> Result<Vec<u32>, ServerError> {
-        let limit = self.app.max_input_tokens;
+        let limit = self.model.max_input_tokens;
         if self.truncates() {
             let (ids, was_cut) = self.tokenizer.encode_within(text, limit, self.direction())?;
             if was_cut {
@@ -182,19 +251,38 @@ impl Encoder<'_> {
             }
             return Ok(ids);
         }
-        let max_chars = limit.saturating_mul(MAX_CHARS_PER_TOKEN);
-        if text.len() > max_chars {
-            let got = text.chars().count();
-            if got > max_chars {
-                return Err(ServerError::TooManyChars { got, limit: max_chars });
-            }
-        }
+        self.check_chars(&[text])?;
         self.fit(self.tokenizer.encode(text, true)?)
+    }
+
+    fn encode_pair(&mut self, first: &Arc<str>, second: &str) -> Result<Sequence, ServerError> {
+        let max_tokens = self.model.max_input_tokens;
+        let limit = self.truncates().then(|| (max_tokens, self.direction()));
+        if limit.is_none() {
+            self.check_chars(&[first, second])?;
+        }
+        let known = self.first.take().filter(|(text, _)| Arc::ptr_eq(text, first)).map(|(_, part)| part);
+        let part = match known {
+            Some(part) => part,
+            None => self.tokenizer.part(first, limit)?,
+        };
+        let pair = self.tokenizer.pair(part.clone(), self.tokenizer.part(second, limit)?, limit)?;
+        self.first = Some((Arc::clone(first), part));
+        if pair.was_cut {
+            events::truncated(&self.app.metrics);
+        }
+        let got = pair.ids.len();
+        if got > max_tokens {
+            return Err(ServerError::TooLong { got, limit: max_tokens });
+        }
+        // A tokenizer may know of types that the model has no embedding for.
+        let token_types = if self.model.card.n_token_types > 1 { pair.token_types } else { Vec::new() };
+        Ok(Sequence { ids: pair.ids, token_types })
     }
 
     /// Cuts ids that are too many, or refuses them.
     fn fit(&self, ids: Vec<u32>) -> Result<Vec<u32>, ServerError> {
-        let (got, limit) = (ids.len(), self.app.max_input_tokens);
+        let (got, limit) = (ids.len(), self.model.max_input_tokens);
         if got <= limit {
             return Ok(ids);
         }

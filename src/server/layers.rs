@@ -24,15 +24,18 @@ use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 use uuid::Uuid;
 
+use super::compute::TIMING_HEADERS;
 use super::error::{Dialect, ServerError, Unwritten};
 use super::extract;
-use super::routes::embed::TIMING_HEADERS;
+use super::grpc;
 use super::state::{AppState, Phase};
 use crate::telemetry::events::ResponseStats;
 use crate::telemetry::{RejectReason, Route, events};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+/// The model that a request is for, where its API has no field for it.
+pub(crate) const MODEL: HeaderName = HeaderName::from_static("x-model");
 pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// The wildcard route of models: their names hold slashes.
@@ -51,6 +54,10 @@ pub(crate) struct Arrival {
     pub(crate) route: Route,
 }
 
+/// A request's id.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestId(pub(crate) String);
+
 /// Puts the layers around all routes, and around what matches none.
 pub(crate) fn around(router: Router, state: &AppState) -> Router {
     let gzip_when = SizeAbove::new(GZIP_ABOVE).and(NotForContentType::const_new("text/event-stream"));
@@ -63,11 +70,20 @@ pub(crate) fn around(router: Router, state: &AppState) -> Router {
     router.layer(layers)
 }
 
+/// The layers of gRPC: neither browsers nor gzip.
+pub(crate) fn around_grpc(router: Router, state: &AppState) -> Router {
+    let layers = ServiceBuilder::new()
+        .layer(from_fn_with_state(state.clone(), front))
+        .layer(from_fn_with_state(state.clone(), guard))
+        .layer(CatchPanicLayer::custom(|_| ServerError::Internal.into_response()));
+    router.layer(layers)
+}
+
 fn cors(origins: &[HeaderValue]) -> CorsLayer {
     let exposed = TIMING_HEADERS.into_iter().chain([REQUEST_ID, header::RETRY_AFTER]);
     let layer = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, API_KEY, REQUEST_ID, REQUEST_TIMEOUT])
+        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, API_KEY, REQUEST_ID, REQUEST_TIMEOUT, MODEL])
         .expose_headers(exposed.collect::<Vec<_>>())
         .max_age(Duration::from_secs(3600));
     if origins.is_empty() { layer.allow_origin(Any) } else { layer.allow_origin(AllowOrigin::list(origins.to_vec())) }
@@ -89,6 +105,7 @@ async fn front(State(app): State<AppState>, mut request: Request, next: Next) ->
     let old_protocol = request.version() < Version::HTTP_2;
     let _in_flight = app.metrics.in_flight();
     request.extensions_mut().insert(arrival);
+    request.extensions_mut().insert(RequestId(request_id.to_str().unwrap_or_default().to_owned()));
     let work = is_work(arrival.route, request.method());
     let mut response = write_error(&app, next.run(request).await, dialect, work);
     // In HTTP/2 the connection is told to go away by a frame of its own.
@@ -97,7 +114,7 @@ async fn front(State(app): State<AppState>, mut request: Request, next: Next) ->
     }
     let stats = ResponseStats {
         route: arrival.route,
-        code: response.status().as_u16(),
+        code: if dialect == Dialect::Grpc { grpc::counted_code(&response) } else { response.status().as_u16() },
         duration: arrival.start.elapsed(),
         request_id: request_id.to_str().unwrap_or_default(),
     };
@@ -133,6 +150,9 @@ fn write_error(app: &AppState, mut response: Response, dialect: Dialect, work: b
     if let Some(reason) = error.reject_reason().filter(|&reason| work || reason == RejectReason::Auth) {
         events::rejected(&app.metrics, reason);
     }
+    if dialect == Dialect::Grpc {
+        return grpc::refusal(&error);
+    }
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.remove(header::CONTENT_LENGTH);
@@ -150,8 +170,25 @@ fn is_work(route: Route, method: &Method) -> bool {
         | Route::Decode
         | Route::OpenAiEmbeddings
         | Route::Embeddings
+        | Route::Predict
+        | Route::Rerank
+        | Route::CohereRerank
+        | Route::CohereRerank2
+        | Route::Infer
+        | Route::GrpcEmbed
+        | Route::GrpcPredict
+        | Route::GrpcRerank
+        | Route::GrpcTokenize
         | Route::Root => method == Method::POST,
         Route::Models
+        | Route::Inference
+        | Route::InferenceLive
+        | Route::InferenceReady
+        | Route::InferenceModel
+        | Route::InferenceModelReady
+        | Route::Reload
+        | Route::GrpcInfo
+        | Route::GrpcHealth
         | Route::Model
         | Route::Info
         | Route::Health
@@ -167,7 +204,17 @@ fn is_work(route: Route, method: &Method) -> bool {
 
 /// Whether `route` is behind the key: work, and what tells about the model.
 fn needs_key(route: Route, method: &Method) -> bool {
-    is_work(route, method) || matches!(route, Route::Models | Route::Model | Route::Info)
+    is_work(route, method)
+        || matches!(
+            route,
+            Route::Models
+                | Route::Model
+                | Route::Info
+                | Route::Inference
+                | Route::InferenceModel
+                | Route::Reload
+                | Route::GrpcInfo
+        )
 }
 
 fn has_key(app: &AppState, headers: &HeaderMap) -> bool {
@@ -182,7 +229,8 @@ fn has_key(app: &AppState, headers: &HeaderMap) -> bool {
 /// Lets in who has the key, and work only while the service is ready.
 async fn guard(State(app): State<AppState>, request: Request, next: Next) -> Response {
     let route = request.extensions().get::<Arrival>().map_or(Route::Other, |arrival| arrival.route);
-    let locked = !app.config.api_keys.is_empty() && needs_key(route, request.method());
+    // What changes the service is never open to everyone.
+    let locked = needs_key(route, request.method()) && (route == Route::Reload || !app.config.api_keys.is_empty());
     if locked && !has_key(&app, request.headers()) {
         return refuse(request, ServerError::Unauthorized).await;
     }
@@ -207,6 +255,7 @@ async fn refuse(request: Request, error: ServerError) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::sync::Arc;
 
     use axum::routing::post;
@@ -219,7 +268,7 @@ mod tests {
         Activation, Architecture, ArchitectureSpec, Band, Family, Forward, ForwardMemory, LayerConfig, ModelError,
         Outputs, Pooling, Positions, RaggedBatch, Want,
     };
-    use crate::server::{ServedModel, ServerConfig};
+    use crate::server::{ModelParts, ServedModel, ServerConfig, Task};
     use crate::telemetry::Metrics;
     use crate::text::Tokenizer;
 
@@ -251,6 +300,7 @@ mod tests {
             pooling: Pooling::Mean,
             normalize: true,
             max_input_tokens: 4,
+            head: None,
         };
         let json = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
             "pre_tokenizer":null,"post_processor":null,"decoder":null,
@@ -265,16 +315,21 @@ mod tests {
             dtype: text(),
             attention: text(),
             isa: text(),
-            pooling: Pooling::Mean,
+            task: Task::Embedding { pooling: Pooling::Mean },
             d_model: 4,
             vocab_size: 4,
+            n_token_types: 0,
             max_input_tokens: 4,
+            file_bytes: 0,
+            prompts: BTreeMap::new(),
+            default_prompt: None,
         };
         let metrics = Metrics::new();
         let worker = Box::new(Nothing(Architecture::new(spec).unwrap()));
         let engine = Engine::start(vec![worker], EngineLimits::default(), Arc::clone(&metrics)).unwrap();
         let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
-        let state = AppState::new(ServerConfig::new(model), tokenizer, engine, metrics).unwrap();
+        let parts = ModelParts { model, tokenizer, engine };
+        let state = AppState::new(ServerConfig::default(), vec![parts], metrics).unwrap();
         state.readiness().set_ready();
         state
     }
@@ -309,34 +364,38 @@ mod tests {
     fn settings_that_cannot_be_are_named() {
         use crate::server::ConfigError;
         let state = state();
-        let new = |change: &dyn Fn(&mut ServerConfig)| {
+        let new = |change: &dyn Fn(&mut ServerConfig, &mut ServedModel)| {
             let json = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
                 "pre_tokenizer":null,"post_processor":null,"decoder":null,
                 "model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}"#;
-            let mut config = state.config.clone();
-            change(&mut config);
+            let first = state.models.first();
+            let (mut config, mut model) = (state.config.clone(), first.card.clone());
+            change(&mut config, &mut model);
             let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
-            AppState::new(config, tokenizer, state.engine.clone(), Metrics::new()).map(drop)
+            let parts = ModelParts { model, tokenizer, engine: first.engine.clone() };
+            AppState::new(config, vec![parts], Metrics::new()).map(drop)
         };
-        assert!(new(&|_| ()).is_ok());
+        assert!(new(&|_, _| ()).is_ok());
         let range = |result: Result<(), ConfigError>, expected: &str| match result {
             Err(ConfigError::Range { name, .. }) => assert_eq!(name, expected),
             other => panic!("{expected}: {other:?}"),
         };
-        range(new(&|config| config.payload_limit = 0), "payload_limit");
-        range(new(&|config| config.max_client_batch_size = 0), "max_client_batch_size");
-        range(new(&|config| config.max_client_batch_size = 1 << 20), "max_client_batch_size");
-        range(new(&|config| config.max_body_bytes = 10), "max_body_bytes");
-        range(new(&|config| config.model.max_input_tokens = 0), "max_input_tokens");
-        assert!(matches!(new(&|config| config.api_keys = vec![String::new()]), Err(ConfigError::Key)));
-        assert!(matches!(new(&|config| config.api_keys = vec!["a b".to_owned()]), Err(ConfigError::Key)));
-        let origin = |origin: &str| new(&|config| config.cors_allow_origin = vec![origin.to_owned()]);
+        range(new(&|config, _| config.payload_limit = 0), "payload_limit");
+        range(new(&|config, _| config.max_client_batch_size = 0), "max_client_batch_size");
+        range(new(&|config, _| config.max_client_batch_size = 1 << 20), "max_client_batch_size");
+        range(new(&|config, _| config.max_body_bytes = 10), "max_body_bytes");
+        range(new(&|_, model| model.max_input_tokens = 0), "max_input_tokens");
+        assert!(matches!(new(&|config, _| config.api_keys = vec![String::new()]), Err(ConfigError::Key)));
+        assert!(matches!(new(&|config, _| config.api_keys = vec!["a b".to_owned()]), Err(ConfigError::Key)));
+        let origin = |origin: &str| new(&|config, _| config.cors_allow_origin = vec![origin.to_owned()]);
         assert!(matches!(origin("example.org"), Err(ConfigError::Origin { .. })));
         assert!(origin("https://example.org").is_ok() && origin("*").is_ok());
-        let too_long = new(&|config| {
+        let too_long = new(&|config, model| {
             config.auto_truncate = false;
-            config.model.max_input_tokens = 1 << 20;
+            model.max_input_tokens = 1 << 20;
         });
         assert!(matches!(too_long, Err(ConfigError::Batch { .. })));
+        let none = AppState::new(ServerConfig::default(), Vec::new(), Metrics::new());
+        assert!(matches!(none, Err(ConfigError::NoModel)));
     }
 }

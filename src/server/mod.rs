@@ -5,12 +5,16 @@
 //! socket, [`serve()`] puts it on one and drains it.
 
 pub mod api;
+mod compute;
 mod config;
 mod connection;
 pub mod error;
 mod extract;
+pub mod grpc;
 mod inputs;
 mod layers;
+mod models;
+mod numbers;
 pub mod openapi;
 mod router;
 mod routes;
@@ -19,8 +23,9 @@ mod serve;
 mod shutdown;
 mod state;
 
-pub use config::{ConfigError, ServedModel, ServerConfig};
+pub use config::{ConfigError, ServedModel, ServerConfig, Task};
+pub use models::ModelParts;
 pub use router::router;
-pub use serve::serve;
+pub use serve::{Listeners, serve};
 pub use shutdown::termination;
-pub use state::{AppState, Phase, Readiness};
+pub use state::{AppState, Loader, Phase, Readiness};

@@ -5,23 +5,26 @@
 
 use std::collections::BTreeMap;
 
-use utoipa::openapi::path::Operation;
+use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
+use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder, SecurityRequirement};
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, Required, Response, ResponseBuilder, SecurityRequirement};
 use utoipa::{Modify, OpenApi};
 
 use super::api;
 use super::error::{Dialect, ErrorClass};
-use super::routes::{embed, ops, text};
+use super::routes::{embed, inference, ops, score, text};
 use crate::telemetry::Route;
 
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "niwaki",
-        description = "Sentence embeddings from compressed Transformers on ordinary CPUs. The routes are Text \
-            Embeddings Inference's and OpenAI's. Every request may carry `x-request-id` and `x-request-timeout-ms`; \
-            every response carries `x-request-id`.",
+        description = "Embeddings and scores from compressed Transformers on ordinary CPUs. The routes are Text \
+            Embeddings Inference's, OpenAI's, Cohere's, and the Open Inference Protocol's. Every request may carry \
+            `x-request-id` and `x-request-timeout-ms`; every response carries `x-request-id`. Where several models \
+            are served, a request names one by the field `model` of its API, by `?model=` or by the header `x-model`; \
+            otherwise the first one is meant.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     paths(
@@ -31,6 +34,17 @@ use crate::telemetry::Route;
         embed::similarity,
         embed::v1_embeddings,
         embed::embeddings,
+        score::predict,
+        score::rerank,
+        score::v1_rerank,
+        score::v2_rerank,
+        inference::server,
+        inference::live,
+        inference::ready,
+        inference::model,
+        inference::model_ready,
+        inference::infer,
+        ops::reload,
         text::tokenize,
         text::decode,
         ops::models,
@@ -64,15 +78,33 @@ impl Modify for Failures {
         for (path, item) in &mut document.paths.paths {
             let route = Route::matched(path);
             if let Some(operation) = &mut item.post {
+                name_model(operation, route);
                 describe(operation, ErrorClass::of(route), Dialect::of(route, path));
             }
             if let Some(operation) = &mut item.get {
                 // `GET /` is a probe, `POST /` is work.
                 let route = if route == Route::Root { Route::Health } else { route };
+                name_model(operation, route);
                 describe(operation, ErrorClass::of(route), Dialect::of(route, path));
             }
         }
     }
+}
+
+/// The routes that take the name of a model from their address or headers.
+fn name_model(operation: &mut Operation, route: Route) {
+    let takes = route == Route::Reload || route == Route::Info || ErrorClass::of(route).contains(&ErrorClass::Deadline);
+    if !takes || route == Route::Infer {
+        return;
+    }
+    let name = ParameterBuilder::new()
+        .name("model")
+        .parameter_in(ParameterIn::Query)
+        .required(Required::False)
+        .description(Some("Name of the model; the header `x-model` says the same"))
+        .schema(Some(ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).build()))
+        .build();
+    operation.parameters.get_or_insert_default().push(RefOr::T(name));
 }
 
 fn describe(operation: &mut Operation, classes: &[ErrorClass], dialect: Dialect) {
@@ -94,7 +126,7 @@ fn describe(operation: &mut Operation, classes: &[ErrorClass], dialect: Dialect)
 
 fn failure(description: &str, dialect: Dialect) -> Response {
     let schema = match dialect {
-        Dialect::Tei => "ErrorBody",
+        Dialect::Tei | Dialect::Grpc => "ErrorBody",
         Dialect::OpenAi => "OpenAiErrorBody",
     };
     let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(schema))).build();

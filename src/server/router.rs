@@ -4,7 +4,7 @@ use axum::Router;
 use axum::routing::{get, post};
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::routes::{embed, ops, text};
+use super::routes::{embed, inference, ops, score, text};
 use super::state::AppState;
 use super::{layers, openapi};
 
@@ -18,6 +18,17 @@ pub fn router(state: AppState) -> Router {
         .route("/similarity", post(embed::similarity))
         .route("/embeddings", post(embed::embeddings))
         .route("/v1/embeddings", post(embed::v1_embeddings))
+        .route("/predict", post(score::predict))
+        .route("/rerank", post(score::rerank))
+        .route("/v1/rerank", post(score::v1_rerank))
+        .route("/v2/rerank", post(score::v2_rerank))
+        .route("/v2", get(inference::server))
+        .route("/v2/health/live", get(inference::live))
+        .route("/v2/health/ready", get(inference::ready))
+        .route("/v2/models/{name}", get(inference::model))
+        .route("/v2/models/{name}/ready", get(inference::model_ready))
+        .route("/v2/models/{name}/infer", post(inference::infer))
+        .route("/admin/reload", post(ops::reload))
         .route("/v1/models", get(ops::models))
         .route(layers::MODEL_PATH, get(ops::model))
         .route("/tokenize", post(text::tokenize))

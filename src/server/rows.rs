@@ -19,7 +19,8 @@ use hyper::body::Frame;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::api::EncodingFormat;
+use super::api::{EncodingFormat, OutputDtype};
+use super::numbers::Numbers;
 use crate::telemetry::{Metrics, Stage, events};
 
 /// Numbers written in one go: at some 40 ns each, a third of a millisecond.
@@ -56,31 +57,22 @@ pub(crate) enum Layout {
 pub(crate) struct RowsWriter {
     rows: Vec<Vec<f32>>,
     layout: Layout,
+    dtype: OutputDtype,
     /// The row being written, and how many of its numbers are out.
     row: usize,
     offset: usize,
     started: bool,
 }
 
-fn push_float(out: &mut Vec<u8>, value: f32) {
-    // Shortest notation that reads back as the same number; the engine lets only finite ones through.
-    serde_json::to_writer(out, &value).expect("a number is always JSON and memory takes every write");
-}
-
-fn push_floats(out: &mut Vec<u8>, values: &[f32]) {
-    out.push(b'[');
-    for (index, &value) in values.iter().enumerate() {
-        if index > 0 {
-            out.push(b',');
-        }
-        push_float(out, value);
-    }
-    out.push(b']');
-}
-
 impl RowsWriter {
     pub(crate) fn new(rows: Vec<Vec<f32>>, layout: Layout) -> Self {
-        Self { rows, layout, row: 0, offset: 0, started: false }
+        Self { rows, layout, dtype: OutputDtype::Float, row: 0, offset: 0, started: false }
+    }
+
+    /// The same in other numbers.
+    pub(crate) fn of(mut self, dtype: OutputDtype) -> Self {
+        self.dtype = dtype;
+        self
     }
 
     fn n_floats(&self) -> usize {
@@ -123,11 +115,11 @@ impl RowsWriter {
             out.push(b',');
         }
         match &self.layout {
-            Layout::Vector | Layout::Vectors => push_floats(out, row),
+            Layout::Vector | Layout::Vectors => Numbers::of(row, self.dtype).push_json(out),
             Layout::TokenVectors { width } => {
                 out.push(if self.offset == 0 { b'[' } else { b',' });
                 let end = (self.offset + width).min(row.len());
-                push_floats(out, &row[self.offset..end]);
+                Numbers::of(&row[self.offset..end], self.dtype).push_json(out);
                 if end < row.len() {
                     self.offset = end;
                     return *width;
@@ -136,16 +128,17 @@ impl RowsWriter {
             }
             Layout::OpenAi { format, .. } => {
                 out.extend_from_slice(br#"{"object":"embedding","embedding":"#);
+                let numbers = Numbers::of(row, self.dtype);
                 match format {
-                    EncodingFormat::Float => push_floats(out, row),
+                    EncodingFormat::Float => numbers.push_json(out),
                     EncodingFormat::Base64 => {
-                        let bytes: Vec<u8> = row.iter().flat_map(|value| value.to_le_bytes()).collect();
                         out.push(b'"');
-                        out.extend_from_slice(BASE64.encode(bytes).as_bytes());
+                        out.extend_from_slice(BASE64.encode(numbers.to_bytes()).as_bytes());
                         out.push(b'"');
                     }
                 }
-                out.extend_from_slice(format!(r#","index":{}}}"#, self.row).as_bytes());
+                let scale = numbers.scale().map_or(String::new(), |scale| format!(r#","scale":{scale}"#));
+                out.extend_from_slice(format!(r#","index":{}{scale}}}"#, self.row).as_bytes());
             }
         }
         let n_floats = row.len();

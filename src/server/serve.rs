@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::connection::{Activity, WriteTimeout, service};
+use super::grpc::grpc_router;
 use super::router::router;
 use super::state::AppState;
 use crate::telemetry::events;
@@ -25,6 +26,21 @@ const MAX_STREAMS: u32 = 256;
 /// How often an HTTP/2 client is asked whether it is still there.
 const HTTP2_PING: Duration = Duration::from_secs(30);
 
+/// Where the service listens.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For HTTP with JSON.
+    pub http: TcpListener,
+    /// For gRPC.
+    pub grpc: Option<TcpListener>,
+}
+
+impl From<TcpListener> for Listeners {
+    fn from(http: TcpListener) -> Self {
+        Self { http, grpc: None }
+    }
+}
+
 /// Serves until `shutdown` resolves, then drains: readiness is 503 from then on, new work is refused, and what was
 /// accepted is finished, all within `grace`. New connections are accepted to the last, so that probes and clients get
 /// an answer instead of a refused connection.
@@ -32,19 +48,32 @@ const HTTP2_PING: Duration = Duration::from_secs(30);
 /// # Errors
 /// If the listener has no address.
 pub async fn serve(
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     state: AppState,
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> io::Result<()> {
-    let address = listener.local_addr()?;
+    let Listeners { http, grpc } = listeners.into();
+    let grpc = match grpc {
+        Some(listener) => Some((listener.local_addr()?, grpc_router(state.clone()), listener)),
+        None => None,
+    };
+    let address = http.local_addr()?;
     let connections = Connections::new(&state);
     state.readiness().set_ready();
-    events::ready(state.metrics(), address);
+    events::ready(state.metrics(), address, grpc.as_ref().map(|(address, ..)| *address));
     let start;
     let end;
     {
-        let mut accepting = pin!(connections.accept(&listener));
+        let app = router(state.clone());
+        let mut accepting = pin!(async {
+            let of_grpc = async {
+                if let Some((_, app, listener)) = &grpc {
+                    connections.accept(listener, app).await;
+                }
+            };
+            tokio::join!(connections.accept(&http, &app), of_grpc);
+        });
         tokio::select! {
             () = accepting.as_mut() => {}
             () = shutdown => {}
@@ -60,18 +89,20 @@ pub async fn serve(
             () = sleep_until(end) => {}
         }
     }
-    drop(listener);
+    drop((http, grpc));
     // All that was accepted has been handed in by now, or has run out of time.
-    state.engine.close();
+    let models = state.models.all();
+    models.iter().for_each(|model| model.engine.close());
     let n_cut = connections.close(end).await;
     // What is left is computed for nobody; a worker in the middle of a batch is not waited for beyond the grace.
-    timeout_at(end, state.engine.drained()).await.ok();
+    for model in &models {
+        timeout_at(end, model.engine.drained()).await.ok();
+    }
     events::drained(n_cut, start.elapsed());
     Ok(())
 }
 
 struct Connections {
-    app: Router,
     tasks: TaskTracker,
     /// Finish the request at hand, take no other.
     closing: CancellationToken,
@@ -85,7 +116,6 @@ struct Connections {
 impl Connections {
     fn new(state: &AppState) -> Self {
         Self {
-            app: router(state.clone()),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
@@ -95,10 +125,10 @@ impl Connections {
     }
 
     /// Accepts connections for ever.
-    async fn accept(&self, listener: &TcpListener) {
+    async fn accept(&self, listener: &TcpListener, app: &Router) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.spawn(stream),
+                Ok((stream, _)) => self.spawn(stream, app.clone()),
                 Err(error) if is_the_clients(&error) => debug!(%error, "connection lost before it was accepted"),
                 Err(error) => {
                     // Mostly too many open files: more of the same would come at once, and closing some takes time.
@@ -109,13 +139,13 @@ impl Connections {
         }
     }
 
-    fn spawn(&self, stream: TcpStream) {
+    fn spawn(&self, stream: TcpStream, app: Router) {
         // Answers are written in one piece: waiting to fill a packet only delays them.
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%error, "cannot set TCP_NODELAY");
         }
         let activity = Arc::new(Activity::default());
-        let service = service(self.app.clone(), Arc::clone(&activity));
+        let service = service(app, Arc::clone(&activity));
         let (closing, cut) = (self.closing.clone(), self.cut.clone());
         let (head_timeout, write_timeout) = (self.head_timeout, self.write_timeout);
         /// Drives `connection` to its end, its last request, or the cut.

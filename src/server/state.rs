@@ -1,20 +1,18 @@
 //! What the handlers share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, OnceLock};
 
-use axum::body::Bytes;
 use axum::http::HeaderValue;
 use subtle::ConstantTimeEq;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::time::Instant;
 
 use super::api;
 use super::config::{ConfigError, ServerConfig};
-use crate::engine::Engine;
-use crate::model::Pooling;
-use crate::telemetry::{MemoryKind, Metrics};
-use crate::text::{Pool, Tokenizer};
+use super::error::ServerError;
+use super::models::{Model, ModelParts, Models};
+use crate::telemetry::{Metrics, events};
 
 /// Where the service is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +38,11 @@ impl Readiness {
             1 => Phase::Ready,
             _ => Phase::Draining,
         }
+    }
+
+    /// Whether the end has begun.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.phase() == Phase::Draining
     }
 
     /// Takes requests from now on, unless draining.
@@ -99,32 +102,32 @@ impl Drop for WorkGuard {
     }
 }
 
+/// Loads the model of this name anew; its error is the reason, in one line.
+pub type Loader = Box<dyn Fn(&str) -> Result<ModelParts, String> + Send + Sync>;
+
 /// What the handlers share; clones are handles to the same.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Shared>);
 
 /// What an [`AppState`] leads to; its fields are the server's own.
-#[derive(Debug)]
 pub struct Shared {
     pub(crate) config: ServerConfig,
-    pub(crate) pool: Pool,
-    pub(crate) engine: Engine,
+    pub(crate) models: Models,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) readiness: Readiness,
     pub(crate) work: Arc<Work>,
     /// In KiB, of bodies over the small size.
     pub(crate) body_memory: Arc<Semaphore>,
-    /// Longest input: the model's, but no longer than a batch.
-    pub(crate) max_input_tokens: usize,
-    /// Token ids from here on are refused.
-    pub(crate) vocab_size: usize,
     pub(crate) cors_origins: Vec<HeaderValue>,
-    /// `/info` and `/v1/models…`, written once.
-    pub(crate) info: Bytes,
-    pub(crate) models: Bytes,
-    pub(crate) model: Bytes,
-    /// The served name as a JSON string.
-    pub(crate) served_name_json: String,
+    loader: OnceLock<Loader>,
+    /// Held while models are loaded anew: one after the other.
+    reloading: Mutex<()>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("config", &self.config).field("models", &self.models).finish_non_exhaustive()
+    }
 }
 
 impl std::ops::Deref for AppState {
@@ -134,38 +137,17 @@ impl std::ops::Deref for AppState {
     }
 }
 
-fn pooling_name(pooling: Pooling) -> &'static str {
-    match pooling {
-        Pooling::Cls => "cls",
-        Pooling::Mean => "mean",
-        Pooling::Max => "max",
-        Pooling::LastToken => "last_token",
-        Pooling::MeanSqrtLen => "mean_sqrt_len",
-    }
-}
-
-fn json(value: &impl serde::Serialize) -> Bytes {
-    serde_json::to_vec(value).expect("a struct of strings and numbers is always JSON").into()
-}
-
 impl AppState {
-    /// Checks the settings, starts the tokenizer's threads. The service is *loading* until
-    /// [`Readiness::set_ready`], which [`super::serve()`] calls.
+    /// Checks the settings, starts the tokenizers' threads. The service is *loading* until
+    /// [`Readiness::set_ready`], which [`super::serve()`] calls. The first model is the one that requests without a name
+    /// mean.
     ///
     /// # Errors
     /// [`ConfigError`] naming the setting that cannot be.
-    pub fn new(
-        config: ServerConfig,
-        tokenizer: Arc<Tokenizer>,
-        engine: Engine,
-        metrics: Arc<Metrics>,
-    ) -> Result<Self, ConfigError> {
-        let limits = engine.limits();
-        let model = &config.model;
+    pub fn new(config: ServerConfig, models: Vec<ModelParts>, metrics: Arc<Metrics>) -> Result<Self, ConfigError> {
         for (name, got, least, most) in [
             ("payload_limit", config.payload_limit, 1, u32::MAX as usize),
             ("max_client_batch_size", config.max_client_batch_size, 1, api::MAX_ITEMS),
-            ("max_input_tokens", model.max_input_tokens, tokenizer.n_special() + 1, usize::MAX),
             ("max_body_bytes", config.max_body_bytes, config.payload_limit, u32::MAX as usize),
         ] {
             if !(least..=most).contains(&got) {
@@ -182,56 +164,17 @@ impl AppState {
         let any = config.cors_allow_origin.iter().any(|origin| origin == "*");
         let cors_origins: Vec<HeaderValue> = config.cors_allow_origin.iter().map(origin).collect::<Result<_, _>>()?;
         let cors_origins = if any { Vec::new() } else { cors_origins };
-        let (max_input_tokens, max_batch_tokens) = (model.max_input_tokens, limits.max_batch_tokens);
-        if max_input_tokens > max_batch_tokens && !config.auto_truncate {
-            return Err(ConfigError::Batch { max_input_tokens, max_batch_tokens });
-        }
-        let max_input_tokens = max_input_tokens.min(max_batch_tokens);
-        let info = api::Info {
-            model_id: model.model_id.clone(),
-            model_sha: model.model_sha.clone(),
-            model_dtype: model.dtype.clone(),
-            served_model_name: model.served_name.clone(),
-            model_type: api::ModelType::Embedding { pooling: pooling_name(model.pooling) },
-            max_concurrent_requests: limits.max_concurrent_requests,
-            max_input_length: max_input_tokens,
-            max_batch_tokens,
-            max_batch_requests: limits.max_batch_requests,
-            max_client_batch_size: config.max_client_batch_size,
-            auto_truncate: config.auto_truncate,
-            tokenization_workers: config.tokenization_workers.get(),
-            version: env!("CARGO_PKG_VERSION"),
-            sha: option_env!("NIWAKI_BUILD_SHA"),
-            docker_label: option_env!("NIWAKI_IMAGE_LABEL"),
-            dimensions: model.d_model,
-            model_family: model.family.clone(),
-            compression: model.compression.clone(),
-            attention: model.attention.clone(),
-            isa: model.isa.clone(),
-            prompts: config.prompts.keys().cloned().collect(),
-        };
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let openai = api::OpenAiModel { id: model.served_name.clone(), object: "model", created, owned_by: "niwaki" };
-        let served_name_json = serde_json::to_string(&model.served_name).expect("a string is always JSON");
-        metrics.set_memory(MemoryKind::Tokenizer, tokenizer.bytes());
-        let vocab_size = model.vocab_size;
-        // As many jobs may wait as sequences may be in the engine: beyond, a request would be refused there.
-        let pool = Pool::start(tokenizer, config.tokenization_workers, limits.max_concurrent_requests)?;
+        let models = models.into_iter().map(|parts| Model::new(&config, parts, &metrics)).collect::<Result<_, _>>()?;
         Ok(Self(Arc::new(Shared {
             body_memory: Arc::new(Semaphore::new(config.max_body_bytes / 1024)),
             config,
-            pool,
-            engine,
+            models: Models::new(models)?,
             metrics,
             readiness: Readiness(AtomicU8::new(0)),
             work: Arc::default(),
-            max_input_tokens,
-            vocab_size,
             cors_origins,
-            info: json(&info),
-            models: json(&api::OpenAiModels { object: "list", data: vec![openai.clone()] }),
-            model: json(&openai),
-            served_name_json,
+            loader: OnceLock::new(),
+            reloading: Mutex::new(()),
         })))
     }
 
@@ -245,6 +188,58 @@ impl AppState {
     #[must_use]
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// Resolves when a worker of a model in service has died: the process should end.
+    pub async fn died(&self) {
+        self.models.died().await;
+    }
+
+    /// Says how models are loaded anew. Only the first call counts.
+    pub fn set_loader(&self, loader: Loader) {
+        // A second loader would mean a second composition root.
+        drop(self.loader.set(loader));
+    }
+
+    /// Loads the model `name`, or all of them, anew, and puts each that opens and passes its checks in the place of the
+    /// old one. What the old one has admitted is still answered by it.
+    ///
+    /// # Errors
+    /// Naming the models that were refused, and why; those go on serving as they were.
+    pub async fn reload(&self, name: Option<&str>) -> Result<Vec<api::Reloaded>, ServerError> {
+        let _one_at_a_time = self.reloading.lock().await;
+        let names: Vec<String> = match name {
+            Some(name) => vec![self.models.named(name)?.card.served_name.clone()],
+            None => self.models.names().map(str::to_owned).collect(),
+        };
+        let (mut reloaded, mut refused) = (Vec::new(), Vec::new());
+        for name in names {
+            let start = Instant::now();
+            let (state, of) = (self.clone(), name.clone());
+            let loading = tokio::task::spawn_blocking(move || state.load(&of)).await;
+            match loading.unwrap_or_else(|_| Err("loading it failed unexpectedly".to_owned())) {
+                Ok(model) => {
+                    let took = start.elapsed();
+                    events::reloaded(&self.metrics, &name, model.card.model_sha.as_deref(), took);
+                    let model_sha = model.card.model_sha.clone();
+                    self.models.swap(model);
+                    reloaded.push(api::Reloaded { model: name, model_sha, took_ms: took.as_secs_f64() * 1e3 });
+                }
+                Err(reason) => {
+                    events::reload_refused(&self.metrics, &name, &reason);
+                    refused.push(format!("model `{name}`: {reason}"));
+                }
+            }
+        }
+        if refused.is_empty() { Ok(reloaded) } else { Err(ServerError::Reload { reasons: refused.join("; ") }) }
+    }
+
+    fn load(&self, name: &str) -> Result<Arc<Model>, String> {
+        let loader = self.loader.get().ok_or("this service cannot load models")?;
+        let mut parts = loader(name)?;
+        // Whatever the new artefact calls itself: its clients know it by this name.
+        name.clone_into(&mut parts.model.served_name);
+        Model::new(&self.config, parts, &self.metrics).map_err(|error| error.to_string())
     }
 
     /// Whether `key` is one of the keys. The time taken does not tell how much of a key of the right length was right.

@@ -116,9 +116,8 @@ pub fn worker_died(metrics: &Metrics, worker: usize, workers_left: usize) {
 }
 
 /// The workers are up.
-pub fn engine_started(metrics: &Metrics, n_workers: usize, queue_capacity_tokens: usize, concurrency_limit: usize) {
-    metrics.set_queue_capacity(queue_capacity_tokens, concurrency_limit);
-    info!(n_workers, queue_capacity_tokens, concurrency_limit, "engine started");
+pub fn engine_started(model: &str, n_workers: usize, queue_capacity_tokens: usize, concurrency_limit: usize) {
+    info!(model, n_workers, queue_capacity_tokens, concurrency_limit, "engine started");
 }
 
 /// The model is loaded and can answer.
@@ -128,21 +127,47 @@ pub fn model_loaded(metrics: &Metrics, model: &ModelInfo, load: Duration) {
     info!(model, family, scheme, precision, attention, load_ms = millis(load), "model loaded");
 }
 
-/// The golden inputs were run at start; `cosine` is the lowest, `bound` what the artefact promises, `drift` the largest
-/// fall of an input's cosine below the one recorded for it.
-pub fn self_checked(metrics: &Metrics, cosine: f64, bound: f64, drift: f64) {
-    metrics.set_selfcheck(cosine, drift);
+/// The golden inputs were run when the model was loaded; `cosine` is the lowest, `bound` what the artefact promises,
+/// `drift` the largest fall of an input's cosine below the one recorded for it.
+pub fn self_checked(metrics: &Metrics, model: &str, cosine: f64, bound: f64, drift: f64) {
+    metrics.set_selfcheck(model, Some((cosine, drift)));
     if cosine >= bound {
-        info!(cosine, bound, drift, "self-check passed");
+        info!(model, cosine, bound, drift, "self-check passed");
     } else {
-        warn!(cosine, bound, drift, "self-check below its bound");
+        warn!(model, cosine, bound, drift, "self-check below its bound");
     }
 }
 
-/// The service takes requests at `address`.
-pub fn ready(metrics: &Metrics, address: SocketAddr) {
+/// There were no golden inputs that say something about how the model is run.
+pub fn not_self_checked(metrics: &Metrics, model: &str) {
+    metrics.set_selfcheck(model, None);
+    debug!(model, "no self-check");
+}
+
+/// A classifier's golden inputs were run: the largest difference of a number to the uncompressed model's.
+pub fn scores_checked(model: &str, difference: f64, bound: f64) {
+    info!(model, difference, bound, "self-check of the scores passed");
+}
+
+/// A model was replaced by a new artefact; what it had admitted is still answered.
+pub fn reloaded(metrics: &Metrics, model: &str, sha: Option<&str>, took: Duration) {
+    metrics.count_reload(model, true);
+    info!(model, sha, took_ms = millis(took), "model reloaded");
+}
+
+/// A new artefact was not taken; the old one goes on serving.
+pub fn reload_refused(metrics: &Metrics, model: &str, reason: &str) {
+    metrics.count_reload(model, false);
+    error!(model, reason, "reload refused");
+}
+
+/// The service takes requests at `address`, and those of gRPC at `grpc`.
+pub fn ready(metrics: &Metrics, address: SocketAddr, grpc: Option<SocketAddr>) {
     metrics.set_ready(true);
-    info!(%address, "ready");
+    match grpc {
+        Some(grpc) => info!(%address, %grpc, "ready"),
+        None => info!(%address, "ready"),
+    }
 }
 
 /// No new work is taken; what was admitted is finished within `grace`.

@@ -39,6 +39,14 @@ labels! {
         Tokenize => "/tokenize",
         /// `POST /decode`.
         Decode => "/decode",
+        /// `POST /predict`.
+        Predict => "/predict",
+        /// `POST /rerank`.
+        Rerank => "/rerank",
+        /// `POST /v1/rerank`, Cohere's and Jina's.
+        CohereRerank => "/v1/rerank",
+        /// `POST /v2/rerank`, the same.
+        CohereRerank2 => "/v2/rerank",
         /// `POST /v1/embeddings`.
         OpenAiEmbeddings => "/v1/embeddings",
         /// `POST /embeddings`, the same under its other name.
@@ -49,6 +57,20 @@ labels! {
         Models => "/v1/models",
         /// `GET /v1/models/{id}`.
         Model => "/v1/models/{id}",
+        /// `GET /v2`, of the Open Inference Protocol as what follows.
+        Inference => "/v2",
+        /// `GET /v2/health/live`.
+        InferenceLive => "/v2/health/live",
+        /// `GET /v2/health/ready`.
+        InferenceReady => "/v2/health/ready",
+        /// `GET /v2/models/{name}`.
+        InferenceModel => "/v2/models/{name}",
+        /// `GET /v2/models/{name}/ready`.
+        InferenceModelReady => "/v2/models/{name}/ready",
+        /// `POST /v2/models/{name}/infer`.
+        Infer => "/v2/models/{name}/infer",
+        /// `POST /admin/reload`.
+        Reload => "/admin/reload",
         /// `GET /info`.
         Info => "/info",
         /// `GET /health`.
@@ -65,27 +87,58 @@ labels! {
         Docs => "/docs",
         /// `GET /api-doc/openapi.json`.
         OpenApi => "/api-doc/openapi.json",
+        /// gRPC's `tei.v1.Info`.
+        GrpcInfo => "/tei.v1.Info",
+        /// gRPC's `tei.v1.Embed`.
+        GrpcEmbed => "/tei.v1.Embed",
+        /// gRPC's `tei.v1.Predict`.
+        GrpcPredict => "/tei.v1.Predict",
+        /// gRPC's `tei.v1.Rerank`.
+        GrpcRerank => "/tei.v1.Rerank",
+        /// gRPC's `tei.v1.Tokenize`.
+        GrpcTokenize => "/tei.v1.Tokenize",
+        /// gRPC's `grpc.health.v1.Health`.
+        GrpcHealth => "/grpc.health.v1.Health",
         /// Everything that matched no route.
         Other => "other",
     }
 }
 
 /// Codes of a route that runs the model or the tokenizer.
-const WORK_CODES: &[u16] = &[200, 400, 401, 405, 408, 413, 415, 422, 424, 429, 500, 503, 504];
+const WORK_CODES: &[u16] = &[200, 400, 401, 404, 405, 408, 413, 415, 422, 424, 429, 500, 503, 504];
 /// Codes of a probe: open to everyone, no body.
 const PROBE_CODES: &[u16] = &[200, 405, 500, 503];
 /// Codes of a page that needs the key, where one is set.
 const READ_CODES: &[u16] = &[200, 401, 405, 500, 503];
 
 impl Route {
-    /// The route of a matched path; wildcard routes below `/docs` count as `/docs`.
+    /// The route of a matched path; wildcard routes below `/docs` count as `/docs`, methods of gRPC as their service.
     #[must_use]
     pub fn matched(path: &str) -> Self {
+        let service = path.rsplit_once('/').map_or("", |(service, _)| service);
         match path {
             _ if path.starts_with("/docs/") => Self::Docs,
+            _ if service.contains('.') => {
+                let routes = Self::ALL.iter().copied().filter(|route| route.is_grpc());
+                routes.into_iter().find(|route| route.label() == service).unwrap_or(Self::Other)
+            }
             "other" => Self::Other,
             _ => Self::ALL.iter().copied().find(|route| route.label() == path).unwrap_or(Self::Other),
         }
+    }
+
+    /// Whether it is a service of gRPC. Its answers are counted by the codes of HTTP that mean the same.
+    #[must_use]
+    pub const fn is_grpc(self) -> bool {
+        matches!(
+            self,
+            Self::GrpcInfo
+                | Self::GrpcEmbed
+                | Self::GrpcPredict
+                | Self::GrpcRerank
+                | Self::GrpcTokenize
+                | Self::GrpcHealth
+        )
     }
 
     /// The status codes whose series exist from the start. A code that is not listed is counted too, in a series made
@@ -100,9 +153,22 @@ impl Route {
             | Self::Decode
             | Self::OpenAiEmbeddings
             | Self::Embeddings
+            | Self::Predict
+            | Self::Rerank
+            | Self::CohereRerank
+            | Self::CohereRerank2
+            | Self::Infer
+            | Self::GrpcEmbed
+            | Self::GrpcPredict
+            | Self::GrpcRerank
+            | Self::GrpcTokenize
             | Self::Root => WORK_CODES,
-            Self::Models | Self::Info => READ_CODES,
-            Self::Model => &[200, 401, 404, 405, 500, 503],
+            Self::Models | Self::Inference | Self::GrpcInfo => READ_CODES,
+            Self::GrpcHealth => &[200, 404, 500, 503],
+            Self::Model | Self::Info | Self::InferenceModel => &[200, 401, 404, 405, 500, 503],
+            Self::InferenceModelReady => &[200, 404, 405, 500, 503],
+            Self::Reload => &[200, 401, 404, 405, 422, 500, 503],
+            Self::InferenceLive | Self::InferenceReady => PROBE_CODES,
             Self::Health | Self::HealthLive | Self::HealthReady | Self::Ping | Self::Metrics | Self::OpenApi => {
                 PROBE_CODES
             }
@@ -198,5 +264,7 @@ mod tests {
         assert_eq!(Route::matched("/docs/swagger-ui.css"), Route::Docs);
         assert_eq!(Route::matched("/embed/"), Route::Other);
         assert_eq!(Route::matched("/docsearch"), Route::Other);
+        assert_eq!(Route::matched("/tei.v1.Embed/EmbedStream"), Route::GrpcEmbed);
+        assert_eq!(Route::matched("/tei.v2.Embed/EmbedStream"), Route::Other);
     }
 }

@@ -14,6 +14,7 @@ use prometheus::{
 };
 
 use super::labels::{ExpiryStage, MemoryKind, RejectReason, Route, Stage};
+use super::models::{ModelCounters, ModelSeries, QueueReading};
 use super::{allocator, process};
 
 /// 100 µs to 52 s, each the double of the one before: a short text takes half a millisecond, a long batch on a small
@@ -41,11 +42,18 @@ pub struct ModelInfo {
     pub attention: String,
 }
 
+impl ModelInfo {
+    pub(super) fn labels(&self) -> [&str; 5] {
+        [&self.model, &self.family, &self.scheme, &self.precision, &self.attention]
+    }
+}
+
 /// What every name of ours starts with.
 #[cfg(test)]
 const PREFIX: &str = "niwaki_";
 
-type Source = Box<dyn Fn() -> u64 + Send + Sync>;
+/// Reads bytes; `None` when what held them is no more.
+type Source = Box<dyn Fn() -> Option<u64> + Send + Sync>;
 
 /// All metrics of a process.
 pub struct Metrics {
@@ -76,7 +84,7 @@ pub struct Metrics {
     selfcheck_cosine: Gauge,
     selfcheck_drift: Gauge,
     ready: IntGauge,
-    model_info: IntGaugeVec,
+    models: ModelSeries,
     build_info: IntGaugeVec,
     model_load: Gauge,
 }
@@ -215,17 +223,37 @@ impl Metrics {
             threads: register.gauge("niwaki_threads", "Threads that compute."),
             selfcheck_cosine: register.real_gauge(
                 "niwaki_selfcheck_cosine",
-                "Lowest cosine of the golden inputs to their expected outputs at start; NaN when none was run.",
+                "Lowest cosine of the golden inputs of all models to their expected outputs at load; NaN when none was run.",
             ),
             selfcheck_drift: register.real_gauge(
                 "niwaki_selfcheck_drift",
                 "Largest fall of a golden input's cosine below the one recorded for it, at start; NaN when none was run.",
             ),
             ready: register.gauge("niwaki_ready", "1 while the service takes requests, else 0."),
-            model_info: register.gauges(
-                "niwaki_model_info",
-                "The model served; always 1.",
-                &["model", "family", "scheme", "precision", "attention"],
+            models: ModelSeries::new(
+                [
+                    register.gauges(
+                        "niwaki_model_info",
+                        "The models served; always 1.",
+                        &["model", "family", "scheme", "precision", "attention"],
+                    ),
+                    register.gauges("niwaki_model_queue_depth", "Sequences that wait for a model's worker.", &["model"]),
+                    register.gauges("niwaki_model_queue_tokens", "Tokens that wait for a model's worker.", &["model"]),
+                    register.gauges(
+                        "niwaki_model_queue_capacity",
+                        "Tokens that may wait for a model before requests are refused.",
+                        &["model"],
+                    ),
+                ],
+                [
+                    register.counters("niwaki_model_sequences_total", "Sequences that a model computed.", &["model"]),
+                    register.counters("niwaki_model_tokens_total", "Tokens that a model computed.", &["model"]),
+                    register.counters(
+                        "niwaki_model_reloads_total",
+                        "Attempts to replace a model by a new artefact, by result.",
+                        &["model", "result"],
+                    ),
+                ],
             ),
             build_info: register.gauges(
                 "niwaki_build_info",
@@ -245,20 +273,29 @@ impl Metrics {
             .registry
             .register(Box::new(ProcessCollector::for_self()))
             .expect("`process_*` names are distinct from `niwaki_*`");
-        metrics.memory_source(MemoryKind::Rss, || process::resident_bytes().unwrap_or(0));
-        metrics.memory_source(MemoryKind::AllocatorAllocated, allocator::allocated_bytes);
-        metrics.memory_source(MemoryKind::AllocatorResident, allocator::committed_bytes);
+        metrics.memory_source(MemoryKind::Rss, || Some(process::resident_bytes().unwrap_or(0)));
+        metrics.memory_source(MemoryKind::AllocatorAllocated, || Some(allocator::allocated_bytes()));
+        metrics.memory_source(MemoryKind::AllocatorResident, || Some(allocator::committed_bytes()));
         Arc::new(metrics)
     }
 
     /// All metrics in Prometheus' text format, version 0.0.4. Memory is read now.
     #[must_use]
     pub fn render(&self) -> String {
-        let sources = self.memory_sources.lock().unwrap_or_else(PoisonError::into_inner);
-        for (kind, read) in sources.iter() {
-            self.memory[*kind as usize].set(gauge_value(read()));
+        let mut bytes = vec![0u64; MemoryKind::ALL.len()];
+        self.memory_sources.lock().unwrap_or_else(PoisonError::into_inner).retain(|(kind, read)| {
+            let read = read();
+            bytes[*kind as usize] += read.unwrap_or(0);
+            read.is_some()
+        });
+        for (gauge, bytes) in self.memory.iter().zip(bytes) {
+            gauge.set(gauge_value(bytes));
         }
-        drop(sources);
+        let queue = self.models.read_queues();
+        self.queue_depth.set(gauge_value(queue.depth as u64));
+        self.queue_tokens.set(gauge_value(queue.tokens as u64));
+        self.queue_capacity.set(gauge_value(queue.capacity as u64));
+        self.concurrency_limit.set(gauge_value(queue.inputs as u64));
         let mut text = String::with_capacity(64 << 10);
         TextEncoder::new()
             .encode_utf8(&self.registry.gather(), &mut text)
@@ -276,16 +313,15 @@ impl Metrics {
         InFlight(self.requests_in_flight.clone())
     }
 
-    /// What waits now. (A state, not an event: set at each change of the queue.)
-    pub fn set_queue(&self, depth: usize, tokens: usize) {
-        self.queue_depth.set(gauge_value(depth as u64));
-        self.queue_tokens.set(gauge_value(tokens as u64));
+    /// Has a model's queue read at each [`Metrics::render`], until `read` gives `None`.
+    pub fn queue_source(&self, model: &str, read: impl Fn() -> Option<QueueReading> + Send + Sync + 'static) {
+        self.models.add_queue(model, Box::new(read));
     }
 
-    /// How many tokens may wait, and how many inputs may wait or be computed.
-    pub fn set_queue_capacity(&self, tokens: usize, inputs: usize) {
-        self.queue_capacity.set(gauge_value(tokens as u64));
-        self.concurrency_limit.set(gauge_value(inputs as u64));
+    /// Counters of a model; all its series exist from now on.
+    #[must_use]
+    pub fn model_counters(&self, model: &str) -> ModelCounters {
+        self.models.counters(model)
     }
 
     /// How many threads compute.
@@ -293,16 +329,9 @@ impl Metrics {
         self.threads.set(gauge_value(n_threads as u64));
     }
 
-    /// Sets a memory gauge that changes rarely.
-    pub fn set_memory(&self, kind: MemoryKind, bytes: usize) {
-        self.memory[kind as usize].set(gauge_value(bytes as u64));
-    }
-
-    /// Has a memory gauge read at each [`Metrics::render`]; the last source given for a kind counts.
-    pub fn memory_source(&self, kind: MemoryKind, read: impl Fn() -> u64 + Send + Sync + 'static) {
-        let mut sources = self.memory_sources.lock().unwrap_or_else(PoisonError::into_inner);
-        sources.retain(|(other, _)| *other != kind);
-        sources.push((kind, Box::new(read)));
+    /// Has memory read at each [`Metrics::render`], until `read` gives `None`; sources of one kind add up.
+    pub fn memory_source(&self, kind: MemoryKind, read: impl Fn() -> Option<u64> + Send + Sync + 'static) {
+        self.memory_sources.lock().unwrap_or_else(PoisonError::into_inner).push((kind, Box::new(read)));
     }
 
     /// The version and the instruction set the kernels run on.
@@ -312,15 +341,18 @@ impl Metrics {
     }
 
     pub(super) fn set_model(&self, info: &ModelInfo, load: Duration) {
-        self.model_info.reset();
-        let ModelInfo { model, family, scheme, precision, attention } = info;
-        self.model_info.with_label_values(&[model, family, scheme, precision, attention]).set(1);
+        self.models.set_info(info);
         self.model_load.set(load.as_secs_f64());
     }
 
-    pub(super) fn set_selfcheck(&self, cosine: f64, drift: f64) {
+    pub(super) fn set_selfcheck(&self, model: &str, found: Option<(f64, f64)>) {
+        let (cosine, drift) = self.models.set_selfcheck(model, found);
         self.selfcheck_cosine.set(cosine);
         self.selfcheck_drift.set(drift);
+    }
+
+    pub(super) fn count_reload(&self, model: &str, swapped: bool) {
+        self.models.reloads.with_label_values(&[model, super::models::RELOAD_RESULTS[usize::from(!swapped)]]).inc();
     }
 
     pub(super) fn set_ready(&self, ready: bool) {
@@ -413,10 +445,25 @@ impl Metrics {
         (self.batch_size.get_sample_count(), sum(&self.batch_size), sum(&self.batch_tokens))
     }
 
-    /// Sequences and tokens that wait now, as last set.
+    /// Sequences and tokens that wait now, in the queues of all models.
     #[must_use]
-    pub fn queue(&self) -> (i64, i64) {
-        (self.queue_depth.get(), self.queue_tokens.get())
+    pub fn queue(&self) -> (usize, usize) {
+        let queue = self.models.read_queues();
+        (queue.depth, queue.tokens)
+    }
+
+    /// Attempts to reload `model` so far: swapped, and refused.
+    #[must_use]
+    pub fn reloads(&self, model: &str) -> (u64, u64) {
+        let count = |result| self.models.reloads.with_label_values(&[model, result]).get();
+        (count(super::models::RELOAD_RESULTS[0]), count(super::models::RELOAD_RESULTS[1]))
+    }
+
+    /// Sequences and tokens that `model` has computed so far.
+    #[must_use]
+    pub fn computed(&self, model: &str) -> (u64, u64) {
+        let counters = self.models.counters(model);
+        (counters.sequences.get(), counters.tokens.get())
     }
 
     /// Requests in flight now.

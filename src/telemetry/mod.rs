@@ -8,8 +8,10 @@ pub mod allocator;
 pub mod events;
 mod labels;
 mod metrics;
+mod models;
 pub mod process;
 pub mod subscriber;
 
 pub use labels::{ExpiryStage, MemoryKind, RejectReason, Route, Stage};
 pub use metrics::{InFlight, Metrics, ModelInfo};
+pub use models::{ModelCounters, QueueReading};

@@ -9,4 +9,4 @@ mod tokenizer;
 
 pub use error::{PoolError, TextError};
 pub use pool::{Pool, Wanted};
-pub use tokenizer::{Direction, Piece, Tokenizer};
+pub use tokenizer::{Direction, Pair, Part, Piece, Tokenizer};

@@ -6,7 +6,9 @@ use std::ops::Range;
 use tokenizers::models::ModelWrapper;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::{Encoding, Token};
+use tokenizers::{
+    Encoding, PostProcessor, Token, TruncationDirection, TruncationParams, TruncationStrategy, truncate_encodings,
+};
 
 use super::TextError;
 
@@ -33,6 +35,21 @@ pub struct Piece {
     pub span: Option<Range<usize>>,
 }
 
+/// A text of a pair, tokenized without special tokens.
+#[derive(Debug, Clone)]
+pub struct Part(Encoding);
+
+/// Two texts as one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    /// Token ids, special tokens included.
+    pub ids: Vec<u32>,
+    /// One type per token: as the tokenizer's post-processor has it, 0 for the first text and 1 for the second in BERT.
+    pub token_types: Vec<u8>,
+    /// Whether anything was cut off.
+    pub was_cut: bool,
+}
+
 /// A `tokenizer.json`, ready for use from any number of threads.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -40,6 +57,8 @@ pub struct Tokenizer {
     prefix: Vec<u32>,
     /// Special tokens put behind it.
     suffix: Vec<u32>,
+    /// Special tokens put around and between two texts.
+    n_special_pair: usize,
     vocab_size: usize,
     bytes: usize,
     /// `Some(margin)` if the tokens of a text's beginning do not depend on what follows the next blank, but for the last
@@ -63,6 +82,7 @@ impl Tokenizer {
         inner.with_padding(None);
         inner.with_truncation(None).map_err(TextError::File)?;
         let (prefix, suffix) = frame(&inner).map_err(TextError::File)?;
+        let n_special_pair = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(true));
         let added = inner.get_added_tokens_decoder();
         let past_added = added.keys().map(|&id| id as usize + 1).max().unwrap_or(0);
         let vocab_size = inner.get_vocab_size(true).max(past_added);
@@ -71,7 +91,7 @@ impl Tokenizer {
         // Two hash tables, string to id and back: per entry and table a slot of 32 bytes at a load of about 0.7, and an
         // allocation of 16 for the string.
         let bytes = vocab_size * 2 * (32 * 10 / 7 + 16);
-        Ok(Self { inner, prefix, suffix, vocab_size, bytes, cut_margin })
+        Ok(Self { inner, prefix, suffix, n_special_pair, vocab_size, bytes, cut_margin })
     }
 
     /// Ids of `text`, however many.
@@ -98,20 +118,72 @@ impl Tokenizer {
         max_tokens: usize,
         direction: Direction,
     ) -> Result<(Vec<u32>, bool), TextError> {
+        let encoding = self.beginning(text, max_tokens, direction, true)?;
+        Ok(self.truncate(encoding.get_ids().to_vec(), max_tokens, direction))
+    }
+
+    /// Tokens of `text`, or so much of its beginning that cutting it to `max_tokens` gives the same.
+    fn beginning(
+        &self,
+        text: &str,
+        max_tokens: usize,
+        direction: Direction,
+        add_special: bool,
+    ) -> Result<Encoding, TextError> {
         /// English takes four to five bytes per token; with twice that the first try nearly always suffices.
         const BYTES_PER_TOKEN: usize = 10;
+        let encode = |text: &str| self.inner.encode_fast(text, add_special).map_err(TextError::Encode);
         if let (Direction::Right, Some(margin)) = (direction, self.cut_margin) {
             let enough = max_tokens + margin + self.prefix.len() + self.suffix.len();
             let mut n_bytes = enough * BYTES_PER_TOKEN;
             while n_bytes < text.len() {
-                let ids = self.encode(head(text, n_bytes), true)?;
-                if ids.len() > enough {
-                    return Ok(self.truncate(ids, max_tokens, direction));
+                let encoding = encode(head(text, n_bytes))?;
+                if encoding.len() > enough {
+                    return Ok(encoding);
                 }
                 n_bytes = n_bytes.saturating_mul(4);
             }
         }
-        Ok(self.truncate(self.encode(text, true)?, max_tokens, direction))
+        encode(text)
+    }
+
+    /// A text that will be one of a pair; with a limit, no more of it than can matter.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn part(&self, text: &str, limit: Option<(usize, Direction)>) -> Result<Part, TextError> {
+        match limit {
+            Some((max_tokens, direction)) => self.beginning(text, max_tokens, direction, false),
+            None => self.inner.encode_fast(text, false).map_err(TextError::Encode),
+        }
+        .map(Part)
+    }
+
+    /// Two texts as one sequence, with the special tokens and types that the tokenizer's post-processor has for pairs.
+    /// With a limit, the longer text is cut first, as Hugging Face's `longest_first` does.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`] if the post-processor fails, or special tokens alone are more than the limit.
+    pub fn pair(&self, first: Part, second: Part, limit: Option<(usize, Direction)>) -> Result<Pair, TextError> {
+        let (Part(mut first), Part(mut second)) = (first, second);
+        let mut was_cut = false;
+        if let Some((max_tokens, direction)) = limit {
+            let max_length = max_tokens.saturating_sub(self.n_special_pair);
+            if first.len() + second.len() > max_length {
+                was_cut = true;
+                let direction = match direction {
+                    Direction::Left => TruncationDirection::Left,
+                    Direction::Right => TruncationDirection::Right,
+                };
+                let params =
+                    TruncationParams { direction, max_length, strategy: TruncationStrategy::LongestFirst, stride: 0 };
+                let (cut, cut_pair) = truncate_encodings(first, Some(second), &params).map_err(TextError::Encode)?;
+                (first, second) = (cut, cut_pair.unwrap_or_default());
+            }
+        }
+        let joined = self.inner.post_process(first, Some(second), true).map_err(TextError::Encode)?;
+        let token_types = joined.get_type_ids().iter().map(|&kind| u8::try_from(kind).unwrap_or(u8::MAX)).collect();
+        Ok(Pair { ids: joined.get_ids().to_vec(), token_types, was_cut })
     }
 
     /// Cuts `ids` to `max_tokens`, and says whether it did. Special tokens that frame the ids stay, as in Hugging Face's

@@ -36,6 +36,7 @@ fn architecture() -> Architecture {
         pooling: Pooling::Mean,
         normalize: true,
         max_input_tokens: 512,
+        head: None,
     })
     .unwrap()
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Golden values for tests/parity.rs, computed by PyTorch and Hugging Face transformers.
 
-    python make_golden.py tiny                         # rewrites the small models beside this file (committed)
+    python make_golden.py tiny [--only NAME ...]       # rewrites the small models beside this file (committed)
     python make_golden.py real --model DIR --out DIR   # embeddings of 200 texts by a real sentence encoder
 
 Needs: torch, transformers, tokenizers, safetensors (any versions: the ones used are written into every file).
@@ -215,9 +215,14 @@ def write_weights(folder, tensors, n_shards):
     write_json(folder / "model.safetensors.index.json", index)
 
 
+ONLY = []  # names of the small models to rewrite; all of them if empty
+
+
 def make(name, config, tokenizer, *, pooling, normalize, max_seq_length=None, dtype=torch.float32, prefix="",
          n_shards=1, extra=lambda model, ids: []):
     """Writes one small model with its golden values."""
+    if ONLY and name not in ONLY:
+        return
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -241,6 +246,49 @@ def make(name, config, tokenizer, *, pooling, normalize, max_seq_length=None, dt
     draw = torch.randint(5, config.vocab_size, (64,), generator=generator).tolist()  # ids below 5 are special
     cases += [case(model, draw[:n_tokens]) for n_tokens in [1, 2, 17]]
     cases += extra(model, draw)
+    write_golden(folder / "golden.json", header() | {"model": name}, cases)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{name}: {size} bytes, {len(cases)} cases of {[len(one['ids']) for one in cases]} tokens")
+
+
+SCORES = {
+    "regression": lambda logits: logits,
+    "multi_label_classification": torch.sigmoid,
+    "single_label_classification": lambda logits: torch.softmax(logits, -1),
+    None: torch.sigmoid,  # of a single label
+}
+
+
+@torch.no_grad()
+def make_classifier(name, config, tokenizer, *, labels, problem_type, dtype=torch.float32):
+    """Writes one small model with a classification head: logits and scores of texts and of pairs of texts."""
+    if ONLY and name not in ONLY:
+        return
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    config.vocab_size = tokenizer.get_vocab_size()
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    config.problem_type = problem_type
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    randomize(model, torch.Generator().manual_seed(SEED))
+    model = model.to(dtype)
+    write_weights(folder, {key: value.detach().clone() for key, value in model.named_parameters()}, 1)
+    model = model.double()
+    write_json(folder / "config.json", config.to_dict() | {"architectures": [type(model).__name__]})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    texts = [(CORPUS[2][:24],), ("Pruned.",), ("rain", "Two stones."), (CORPUS[1][:20], "tree"), ("xyz 42!", "a pine"), ("", "rain")]
+    cases = []
+    for text in texts:
+        encoding = tokenizer.encode(*text)
+        inputs = {"input_ids": torch.tensor([encoding.ids])}
+        if getattr(config, "type_vocab_size", 1) > 1:
+            inputs["token_type_ids"] = torch.tensor([encoding.type_ids])
+        logits = model(**inputs).logits[0]
+        found = {"text": list(text), "ids": encoding.ids, "token_types": encoding.type_ids}
+        cases.append(found | {"logits": rounded(logits), "scores": rounded(SCORES[problem_type](logits))})
     write_golden(folder / "golden.json", header() | {"model": name}, cases)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{name}: {size} bytes, {len(cases)} cases of {[len(one['ids']) for one in cases]} tokens")
@@ -272,6 +320,18 @@ def tiny():
          transformers.DistilBertConfig(dim=64, n_layers=2, n_heads=2, hidden_dim=96, activation="relu", dropout=0.0,
                                        attention_dropout=0.0, max_position_embeddings=24),
          word_piece(), pooling="lasttoken", normalize=True, dtype=torch.float16)
+
+    small = shape | dict(num_hidden_layers=2)
+    make_classifier("bert-classifier", transformers.BertConfig(**small, max_position_embeddings=48, type_vocab_size=2),
+                    word_piece(), labels=["calm", "stormy", "other"], problem_type="single_label_classification")
+    make_classifier("roberta-reranker", transformers.RobertaConfig(**small, max_position_embeddings=50, type_vocab_size=1),
+                    byte_level_bpe(), labels=["LABEL_0"], problem_type=None)
+    make_classifier("distilbert-classifier",
+                    transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, activation="gelu",
+                                                  dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
+                                                  max_position_embeddings=48),
+                    word_piece(), labels=["tree", "stone"], problem_type="multi_label_classification",
+                    dtype=torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------- real encoder
@@ -317,13 +377,15 @@ def real(model_dir, out_dir):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tiny")
+    of_tiny = commands.add_parser("tiny")
+    of_tiny.add_argument("--only", nargs="*", default=[])
     of_real = commands.add_parser("real")
     of_real.add_argument("--model", required=True)
     of_real.add_argument("--out", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order
     if arguments.command == "tiny":
+        ONLY.extend(arguments.only)
         tiny()
     else:
         real(arguments.model, arguments.out)

@@ -28,7 +28,7 @@ impl hyper::body::Body for Endless {
     }
 }
 
-const WORK: [Route; 8] = [
+const WORK: [Route; 13] = [
     Route::Embed,
     Route::EmbedAll,
     Route::Similarity,
@@ -37,7 +37,17 @@ const WORK: [Route; 8] = [
     Route::OpenAiEmbeddings,
     Route::Embeddings,
     Route::Root,
+    Route::Predict,
+    Route::Rerank,
+    Route::CohereRerank,
+    Route::CohereRerank2,
+    Route::Infer,
 ];
+
+/// Where `route` is found.
+fn path_of(route: Route) -> String {
+    route.label().replace("{name}", "arithmetic")
+}
 
 /// A body that `route` takes, about `text`.
 fn body(route: Route, text: &str) -> Value {
@@ -45,12 +55,25 @@ fn body(route: Route, text: &str) -> Value {
         Route::OpenAiEmbeddings | Route::Embeddings => json!({"input": text}),
         Route::Similarity => json!({"inputs": {"source_sentence": text, "sentences": ["a"]}}),
         Route::Decode => json!({"ids": [4, 5]}),
+        Route::Rerank => json!({"query": "a", "texts": [text]}),
+        Route::CohereRerank | Route::CohereRerank2 => json!({"query": "a", "documents": [text]}),
+        Route::Infer => {
+            json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}]})
+        }
         _ => json!({"inputs": text}),
     }
 }
 
 fn is_openai(route: Route) -> bool {
-    matches!(route, Route::OpenAiEmbeddings | Route::Embeddings | Route::Models | Route::Model)
+    matches!(
+        route,
+        Route::OpenAiEmbeddings
+            | Route::Embeddings
+            | Route::Models
+            | Route::Model
+            | Route::CohereRerank
+            | Route::CohereRerank2
+    )
 }
 
 /// Checks the shape of a failure; returns its class in TEI's words, or OpenAI's code.
@@ -74,8 +97,15 @@ fn failure(answer: &Answer, openai: bool) -> String {
 
 /// Provokes every status that is documented for `route`, but 500, which only a bug can give.
 async fn provoke(route: Route, status: u16) -> (Service, Answer) {
-    let path = route.label();
-    let with = |change: fn(&mut Setup)| service(change);
+    let path = &path_of(route);
+    let with = |change: fn(&mut Setup)| {
+        service(|setup| {
+            if matches!(route, Route::Predict | Route::Rerank | Route::CohereRerank | Route::CohereRerank2) {
+                setup.classify(&["LABEL_0"]);
+            }
+            change(setup);
+        })
+    };
     let json_post = || Request::post(path).header("content-type", "application/json");
     match status {
         400 => {
@@ -86,6 +116,15 @@ async fn provoke(route: Route, status: u16) -> (Service, Answer) {
         401 => {
             let service = with(|setup| setup.config.api_keys = vec!["key".to_owned()]);
             let answer = service.ask(post(path, &body(route, "a"))).await;
+            (service, answer)
+        }
+        404 => {
+            let service = with(|_| {});
+            let path = match route {
+                Route::Infer => "/v2/models/none/infer".to_owned(),
+                _ => format!("{path}?model=none"),
+            };
+            let answer = service.ask(post(&path, &body(route, "a"))).await;
             (service, answer)
         }
         408 => {
@@ -105,7 +144,8 @@ async fn provoke(route: Route, status: u16) -> (Service, Answer) {
         }
         422 => {
             let service = with(|_| {});
-            let answer = service.post(path, json!({"inputs": {"a": 1}, "input": {"a": 1}, "ids": "a"})).await;
+            let answer =
+                service.post(path, json!({"inputs": {"a": 1}, "input": {"a": 1}, "ids": "a", "query": 1})).await;
             (service, answer)
         }
         424 => {
@@ -333,6 +373,14 @@ async fn keys_open_what_is_locked() {
         ("GET", "/info"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/arithmetic"),
+        ("POST", "/predict"),
+        ("POST", "/rerank"),
+        ("POST", "/v1/rerank"),
+        ("POST", "/v2/rerank"),
+        ("GET", "/v2"),
+        ("GET", "/v2/models/arithmetic"),
+        ("POST", "/v2/models/arithmetic/infer"),
+        ("POST", "/admin/reload"),
     ];
     for (method, path) in locked {
         for wrong in [
@@ -348,7 +396,7 @@ async fn keys_open_what_is_locked() {
             let answer = ask(method, path, wrong).await;
             assert_eq!(answer.status, 401, "{path} {wrong:?}");
             assert_eq!(answer.header("www-authenticate"), "Bearer");
-            let openai = path.starts_with("/v1") || path == "/embeddings";
+            let openai = path.starts_with("/v1") || ["/embeddings", "/v2/rerank"].contains(&path);
             assert_eq!(failure(&answer, openai), if openai { "invalid_api_key" } else { "Unauthorized" });
         }
         for right in

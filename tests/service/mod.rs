@@ -13,10 +13,10 @@ use axum::http::{HeaderMap, Request};
 use http_body_util::BodyExt;
 use niwaki::engine::{Engine, EngineLimits};
 use niwaki::model::{
-    Activation, Architecture, ArchitectureSpec, Band, Family, Forward, ForwardMemory, LayerConfig, ModelError, Outputs,
-    Pooling, Positions, RaggedBatch, Want,
+    Activation, Architecture, ArchitectureSpec, Band, Family, Forward, ForwardMemory, HeadConfig, LayerConfig,
+    ModelError, Outputs, Pooling, Positions, RaggedBatch, ScoreFunction, Want,
 };
-use niwaki::server::{AppState, ServedModel, ServerConfig, router, serve};
+use niwaki::server::{AppState, ModelParts, ServedModel, ServerConfig, Task, router, serve};
 use niwaki::telemetry::Metrics;
 use niwaki::text::Tokenizer;
 use serde_json::Value;
@@ -73,7 +73,8 @@ pub(crate) fn tokenizer() -> Tokenizer {
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {"type": "TemplateProcessing",
             "single": [special("[CLS]"), {"Sequence": {"id": "A", "type_id": 0}}, special("[SEP]")],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "pair": [special("[CLS]"), {"Sequence": {"id": "A", "type_id": 0}}, special("[SEP]"),
+                {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}],
             "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]},
                 "[SEP]": {"id": "[SEP]", "ids": [3], "tokens": ["[SEP]"]}}},
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
@@ -101,6 +102,21 @@ pub(crate) fn pooled(ids: &[u32]) -> Vec<f32> {
     (0..D_MODEL).map(|column| rows.iter().map(|row| row[column]).sum::<f32>() / rows.len() as f32).collect()
 }
 
+/// What a classification head of `n_labels` says of a sequence: sums of its rows, and of the types of its tokens.
+pub(crate) fn logits(ids: &[u32], types: &[u8], n_labels: usize) -> Vec<f32> {
+    let rows = token_rows(ids);
+    let typed: f32 = types.iter().map(|&kind| f32::from(kind)).sum();
+    (0..n_labels).map(|label| rows.iter().map(|row| row[label]).sum::<f32>() - 0.25 * typed).collect()
+}
+
+/// Ids and types of a pair as the service computes it.
+pub(crate) fn pair(first: &str, second: &str) -> (Vec<u32>, Vec<u8>) {
+    let tokenizer = tokenizer();
+    let part = |text| tokenizer.part(text, None).unwrap();
+    let pair = tokenizer.pair(part(first), part(second), None).unwrap();
+    (pair.ids, pair.token_types)
+}
+
 /// `vector` at unit length.
 pub(crate) fn unit(vector: &[f32]) -> Vec<f32> {
     let norm = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt();
@@ -120,7 +136,8 @@ pub(crate) struct Arithmetic {
 }
 
 impl Arithmetic {
-    pub(crate) fn new(batch_time: Duration) -> Self {
+    /// With labels it is a classifier.
+    pub(crate) fn new(batch_time: Duration, head: Option<HeadConfig>) -> Self {
         let band = Band::FULL;
         let spec = ArchitectureSpec {
             family: Family::Bert,
@@ -131,9 +148,10 @@ impl Arithmetic {
             norm_eps: 1e-12,
             activation: Activation::Gelu,
             layers: vec![LayerConfig { n_heads: 1, d_head: D_MODEL, d_ffn: D_MODEL, band }],
-            pooling: Pooling::Mean,
+            pooling: if head.is_some() { Pooling::Cls } else { Pooling::Mean },
             normalize: true,
             max_input_tokens: MAX_TOKENS,
+            head,
         };
         Self { architecture: Architecture::new(spec).unwrap(), batch_time }
     }
@@ -142,6 +160,10 @@ impl Arithmetic {
 impl Forward for Arithmetic {
     fn architecture(&self) -> &Architecture {
         &self.architecture
+    }
+
+    fn width(&self) -> usize {
+        self.architecture.head.as_ref().map_or(D_MODEL, |head| head.labels.len())
     }
 
     fn forward(&mut self, batch: &RaggedBatch, want: Want, out: &mut Outputs) -> Result<(), ModelError> {
@@ -158,7 +180,11 @@ impl Forward for Arithmetic {
         assert!(!all.ids().contains(&DIE), "the test asks the worker to die");
         for index in 0..batch.n_seqs() {
             let ids = batch.sequence(index);
-            let mut row = pooled(ids);
+            let types = &all.token_types()[all.rows(index)];
+            let mut row = match &self.architecture.head {
+                None => pooled(ids),
+                Some(head) => logits(ids, types, head.labels.len()),
+            };
             if ids.contains(&NAN) {
                 row[0] = f32::NAN;
             }
@@ -177,6 +203,9 @@ impl Forward for Arithmetic {
 
 /// What a test may change.
 pub(crate) struct Setup {
+    pub(crate) model: ServedModel,
+    /// Models beside the first: their names, and their labels if they are classifiers.
+    pub(crate) others: Vec<(&'static str, &'static [&'static str])>,
     pub(crate) config: ServerConfig,
     pub(crate) limits: EngineLimits,
     pub(crate) n_workers: usize,
@@ -195,19 +224,64 @@ impl Default for Setup {
             dtype: "float32".to_owned(),
             attention: "full".to_owned(),
             isa: "portable".to_owned(),
-            pooling: Pooling::Mean,
+            task: Task::Embedding { pooling: Pooling::Mean },
             d_model: D_MODEL,
             vocab_size: WORDS.len(),
+            n_token_types: 2,
             max_input_tokens: MAX_TOKENS,
+            file_bytes: 3000,
+            prompts: std::collections::BTreeMap::new(),
+            default_prompt: None,
         };
         Self {
-            config: ServerConfig::new(model),
+            model,
+            others: Vec::new(),
+            config: ServerConfig::default(),
             limits: EngineLimits::default(),
             n_workers: 2,
             batch_time: Duration::ZERO,
             ready: true,
         }
     }
+}
+
+impl Setup {
+    /// Makes the first model a classifier of these labels (a reranker if there is one).
+    pub(crate) fn classify(&mut self, labels: &[&str]) {
+        self.model.task = task(labels);
+    }
+}
+
+fn task(labels: &[&str]) -> Task {
+    let function = if labels.len() == 1 { ScoreFunction::Sigmoid } else { ScoreFunction::Softmax };
+    match labels {
+        [] => Task::Embedding { pooling: Pooling::Mean },
+        labels => Task::Classification(HeadConfig {
+            dense: Activation::Tanh,
+            labels: labels.iter().map(|&label| label.to_owned()).collect(),
+            function,
+        }),
+    }
+}
+
+/// What serves `model`.
+pub(crate) fn parts(
+    model: ServedModel,
+    n_workers: usize,
+    batch_time: Duration,
+    limits: &EngineLimits,
+    metrics: &Arc<Metrics>,
+) -> ModelParts {
+    let worker = || {
+        let head = match &model.task {
+            Task::Classification(head) => Some(head.clone()),
+            Task::Embedding { .. } => None,
+        };
+        Box::new(Arithmetic::new(batch_time, head)) as Box<dyn Forward>
+    };
+    let workers = (0..n_workers).map(|_| worker()).collect();
+    let engine = Engine::start_named(&model.served_name, workers, limits.clone(), Arc::clone(metrics)).unwrap();
+    ModelParts { model, tokenizer: Arc::new(tokenizer()), engine }
 }
 
 /// A service without a socket.
@@ -223,10 +297,19 @@ pub(crate) fn service(change: impl FnOnce(&mut Setup)) -> Service {
     let mut setup = Setup::default();
     change(&mut setup);
     let metrics = Metrics::new();
-    let workers: Vec<Box<dyn Forward>> =
-        (0..setup.n_workers).map(|_| Box::new(Arithmetic::new(setup.batch_time)) as Box<dyn Forward>).collect();
-    let engine = Engine::start(workers, setup.limits, Arc::clone(&metrics)).unwrap();
-    let state = AppState::new(setup.config, Arc::new(tokenizer()), engine.clone(), Arc::clone(&metrics)).unwrap();
+    let others = setup.others.iter().map(|&(name, labels)| ServedModel {
+        served_name: name.to_owned(),
+        model_id: format!("test/{name}"),
+        task: task(labels),
+        ..setup.model.clone()
+    });
+    let models: Vec<ServedModel> = std::iter::once(setup.model.clone()).chain(others).collect();
+    let parts: Vec<ModelParts> = models
+        .into_iter()
+        .map(|model| parts(model, setup.n_workers, setup.batch_time, &setup.limits, &metrics))
+        .collect();
+    let engine = parts[0].engine.clone();
+    let state = AppState::new(setup.config, parts, Arc::clone(&metrics)).unwrap();
     if setup.ready {
         state.readiness().set_ready();
     }

@@ -16,6 +16,7 @@ fn architecture() -> Architecture {
         pooling: Pooling::Mean,
         normalize: true,
         max_input_tokens: 16,
+        head: None,
     })
     .unwrap()
 }

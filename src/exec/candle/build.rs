@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::{CandleLinear, CandleNorm, CandleTables};
 use crate::checkpoint::{Checkpoint, CheckpointError, LinearWeights, NormWeights, TableWeights};
-use crate::model::{Architecture, Build, LinearSlot, ModelError, NormSlot, Ops};
+use crate::model::{Architecture, Build, HeadSlot, LinearSlot, ModelError, NormSlot, Ops};
 
 /// Something that holds a whole model's weights: a directory, or a model under work in memory.
 pub trait WeightSource {
@@ -20,6 +20,13 @@ pub trait WeightSource {
     /// # Errors
     /// If it cannot be read.
     fn norm(&self, slot: NormSlot) -> Result<NormWeights, CheckpointError>;
+    /// A linear layer of the classification head.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn head(&self, slot: HeadSlot) -> Result<LinearWeights<'_>, CheckpointError> {
+        Err(CheckpointError::MissingTensor(slot.to_string()))
+    }
     /// The embedding tables.
     ///
     /// # Errors
@@ -38,6 +45,10 @@ impl WeightSource for Checkpoint {
 
     fn norm(&self, slot: NormSlot) -> Result<NormWeights, CheckpointError> {
         self.norm(slot)
+    }
+
+    fn head(&self, slot: HeadSlot) -> Result<LinearWeights<'_>, CheckpointError> {
+        self.head(slot)
     }
 
     fn tables(&self) -> Result<TableWeights<'_>, CheckpointError> {
@@ -134,5 +145,13 @@ where
         let weight = self.tensor(format!("{slot} weight"), weight.to_f32(n_in), &[n_out, n_in])?;
         let bias = self.tensor(format!("{slot} bias"), bias, &[n_out])?;
         Ok(CandleLinear { slot, weight, bias })
+    }
+
+    fn head(&mut self, slot: HeadSlot) -> Result<CandleLinear, ModelError> {
+        let LinearWeights { n_out, n_in, weight, bias } = self.source.head(slot).map_err(ModelError::player)?;
+        let last = self.source.architecture().layers.len() - 1;
+        let weight = self.tensor(format!("{slot} weight"), weight.to_f32(n_in), &[n_out, n_in])?;
+        let bias = self.tensor(format!("{slot} bias"), bias, &[n_out])?;
+        Ok(CandleLinear { slot: LinearSlot::FfnDown(last), weight, bias })
     }
 }

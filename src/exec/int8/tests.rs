@@ -34,6 +34,7 @@ impl Random {
             pooling: Pooling::Mean,
             normalize: false,
             max_input_tokens: 1000,
+            head: None,
         };
         let architecture = Arc::new(Architecture::new(spec).unwrap());
         Self { architecture, rng: StdRng::seed_from_u64(7) }
@@ -66,11 +67,11 @@ impl Build<Int8> for Random {
         Ok(Int8Norm { gain: self.values(d, 1.0, 0.3), bias: self.values(d, 0.0, 0.3), eps: 1e-12 })
     }
 
-    fn linear(&mut self, slot: LinearSlot) -> Result<Int8Linear, ModelError> {
+    fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {
         let (n_out, n_in) = slot.shape(&self.architecture.layers[slot.layer()], self.architecture.d_model);
         let weight = Weight::F32(Cow::Owned(self.values(n_out * n_in, 0.0, 0.2)));
         let bias = self.values(n_out, 0.0, 0.2);
-        Ok(Int8Linear::new(&weight, &bias, n_in))
+        Ok(Int8Linear::new(&weight, &bias, n_in).into())
     }
 }
 

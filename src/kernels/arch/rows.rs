@@ -92,6 +92,21 @@ unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
     }
 }
 
+/// `tanh x = sign(x) (1 − 2 σ(−2|x|))`.
+#[inline(always)]
+unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        // 2 log2 e; folded to one side so that exp2 sees x ≤ 0.
+        let z = S::mul(x, S::splat(2.0 * std::f32::consts::LOG2_E));
+        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
+        let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
+        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−2|x|)
+        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
+        S::mul(sign, S::sub(S::splat(1.0), S::add(lower, lower)))
+    }
+}
+
 #[inline(always)]
 unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
     // SAFETY: the instruction set is present by contract.
@@ -100,6 +115,7 @@ unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
             Nonlinearity::Gelu => gelu::<S>(x),
             Nonlinearity::GeluTanh => gelu_tanh::<S>(x),
             Nonlinearity::Relu => S::max(x, S::splat(0.0)),
+            Nonlinearity::Tanh => tanh::<S>(x),
         }
     }
 }
@@ -130,6 +146,7 @@ pub(super) unsafe fn activate<S: Simd>(kind: Nonlinearity, values: *mut f32, n: 
             Nonlinearity::Gelu => activate_as::<S>(Nonlinearity::Gelu, values, n),
             Nonlinearity::GeluTanh => activate_as::<S>(Nonlinearity::GeluTanh, values, n),
             Nonlinearity::Relu => activate_as::<S>(Nonlinearity::Relu, values, n),
+            Nonlinearity::Tanh => activate_as::<S>(Nonlinearity::Tanh, values, n),
         }
     }
 }

@@ -26,17 +26,17 @@ pub struct Bounded<T> {
 }
 
 impl<T> Bounded<T> {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { items: Vec::new(), n_sent: 0 }
     }
 
-    fn push(&mut self, item: T) {
+    pub(super) fn push(&mut self, item: T) {
         self.items.push(item);
         self.n_sent += 1;
     }
 
     /// Takes the rest of `seq`.
-    fn fill<'de, A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<Self, A::Error>
+    pub(super) fn fill<'de, A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<Self, A::Error>
     where
         T: Deserialize<'de>,
     {

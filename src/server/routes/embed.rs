@@ -1,124 +1,25 @@
-//! Routes that run the model.
+//! Routes of embeddings.
 
-use std::time::Duration;
-
-use axum::extract::State;
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
-use tokio::sync::OwnedSemaphorePermit;
 
-use crate::engine::{Reply, Submission};
+use crate::engine::Reply;
 use crate::model::Want;
 use crate::server::api::{
-    EmbedAllRequest, EmbedRequest, Item, Object, OpenAiRequest, OpenAiResponse, SimilarityRequest, TruncationDirection,
+    EmbedAllRequest, EmbedRequest, Item, Object, OpenAiRequest, OpenAiResponse, PredictRequest, RerankRequest,
+    SimilarityRequest,
 };
+use crate::server::compute::{Computed, Work, compute};
+use crate::server::config::Task;
 use crate::server::error::ServerError;
-use crate::server::extract::{Call, Clock, SMALL_BODY, take_memory};
-use crate::server::inputs::{Options, checked_batch, encode, items_of};
+use crate::server::extract::{Call, Received};
+use crate::server::inputs::{Options, Piece, checked_batch, pieces_of};
+use crate::server::models::Model;
+use crate::server::routes::score;
 use crate::server::rows::{Layout, RowsWriter};
-use crate::server::state::AppState;
 
-/// Text Embeddings Inference's headers, in the order of [`Timing::write`], and the standard one.
-pub(crate) const TIMING_HEADERS: [HeaderName; 9] = [
-    HeaderName::from_static("x-compute-type"),
-    HeaderName::from_static("x-compute-time"),
-    HeaderName::from_static("x-compute-characters"),
-    HeaderName::from_static("x-compute-tokens"),
-    HeaderName::from_static("x-total-time"),
-    HeaderName::from_static("x-tokenization-time"),
-    HeaderName::from_static("x-queue-time"),
-    HeaderName::from_static("x-inference-time"),
-    HeaderName::from_static("server-timing"),
-];
-
-/// What the headers tell of an answer.
-struct Timing {
-    clock: Clock,
-    n_chars: usize,
-    n_tokens: usize,
-    tokenize: Duration,
-    queue: Duration,
-    infer: Duration,
-}
-
-impl Timing {
-    /// Text Embeddings Inference counts in whole milliseconds, which says little here: `server-timing` has fractions.
-    fn write(&self, headers: &mut HeaderMap) {
-        let total = self.clock.start.elapsed();
-        let millis = |duration: Duration| HeaderValue::from(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
-        let exact = |duration: Duration| duration.as_secs_f64() * 1e3;
-        let server_timing = format!(
-            "tokenize;dur={:.3}, queue;dur={:.3}, infer;dur={:.3}, total;dur={:.3}",
-            exact(self.tokenize),
-            exact(self.queue),
-            exact(self.infer),
-            exact(total),
-        );
-        let values = [
-            HeaderValue::from_static("cpu"),
-            millis(total),
-            self.n_chars.into(),
-            self.n_tokens.into(),
-            millis(total),
-            millis(self.tokenize),
-            millis(self.queue),
-            millis(self.infer),
-            HeaderValue::from_str(&server_timing).expect("names and numbers are visible ASCII"),
-        ];
-        headers.reserve(values.len());
-        for (name, value) in TIMING_HEADERS.into_iter().zip(values) {
-            headers.insert(name, value);
-        }
-    }
-
-    fn on(&self, mut response: Response) -> Response {
-        self.write(response.headers_mut());
-        response
-    }
-}
-
-/// What is to be computed for a request.
-struct Work {
-    clock: Clock,
-    body_memory: Option<OwnedSemaphorePermit>,
-    items: Vec<Item>,
-    /// What the request calls its inputs.
-    field: &'static str,
-}
-
-/// What the engine computed for a request.
-struct Computed {
-    reply: Reply,
-    timing: Timing,
-    /// The rows' share of the memory for answers, if they are many.
-    memory: Option<OwnedSemaphorePermit>,
-}
-
-/// Tokenizes and computes.
-async fn compute(app: &AppState, work: Work, options: Options, want: Want) -> Result<Computed, ServerError> {
-    let Work { clock, body_memory, items, field } = work;
-    let encoded = encode(app, clock, items, options, field).await?;
-    // The texts are gone by now.
-    drop(body_memory);
-    // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
-    let n_rows = encoded.sequences.len() + if want == Want::PooledAndTokens { encoded.n_tokens } else { 0 };
-    let n_bytes = n_rows.saturating_mul(app.config.model.d_model * size_of::<f32>());
-    let memory = if n_bytes > SMALL_BODY { Some(take_memory(app, n_bytes)?) } else { None };
-    let submission = Submission { sequences: encoded.sequences, want, deadline: clock.deadline };
-    let reply = app.engine.submit(submission).await?;
-    let timing = Timing {
-        clock,
-        n_chars: encoded.n_chars,
-        n_tokens: encoded.n_tokens,
-        tokenize: encoded.took,
-        queue: reply.queue,
-        infer: reply.infer,
-    };
-    Ok(Computed { reply, timing, memory })
-}
-
-fn checked_dimensions(app: &AppState, dimensions: Option<usize>) -> Result<usize, ServerError> {
-    let limit = app.config.model.d_model;
+/// The width that embeddings are cut to.
+pub(crate) fn checked_dimensions(model: &Model, dimensions: Option<usize>) -> Result<usize, ServerError> {
+    let limit = model.card.d_model;
     match dimensions {
         None => Ok(limit),
         Some(got) if (1..=limit).contains(&got) => Ok(got),
@@ -145,7 +46,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// The vectors of a reply: cut first, then scaled, so that a shortened vector has unit length too.
-fn vectors(reply: Reply, dimensions: usize, normalized: bool) -> Vec<Vec<f32>> {
+pub(crate) fn vectors(reply: Reply, dimensions: usize, normalized: bool) -> Vec<Vec<f32>> {
     let vector = |mut vector: Vec<f32>| {
         vector.truncate(dimensions);
         if normalized {
@@ -159,49 +60,56 @@ fn vectors(reply: Reply, dimensions: usize, normalized: bool) -> Vec<Vec<f32>> {
 /// One vector per input.
 #[utoipa::path(post, path = "/embed", tag = "Embeddings", request_body = EmbedRequest,
     responses((status = 200, description = "One vector per input", body = Vec<Vec<f32>>)))]
-pub(crate) async fn embed(State(app): State<AppState>, call: Call<EmbedRequest>) -> Result<Response, ServerError> {
-    let EmbedRequest { inputs, truncate, truncation_direction, prompt_name, normalize, dimensions } = call.body;
-    let items = items_of(&app, inputs, "inputs")?;
-    let dimensions = checked_dimensions(&app, dimensions)?;
+pub(crate) async fn embed(call: Call<EmbedRequest>) -> Result<Response, ServerError> {
+    let Call { target, body, clock, memory } = call;
+    target.model.embeds()?;
+    let EmbedRequest { inputs, truncate, truncation_direction, prompt_name, normalize, dimensions, output_dtype } =
+        body;
+    let pieces = pieces_of(&target.app, inputs, "inputs")?;
+    let dimensions = checked_dimensions(&target.model, dimensions)?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "inputs" };
-    let Computed { reply, timing, memory } = compute(&app, work, options, Want::Pooled).await?;
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let writer = RowsWriter::new(vectors(reply, dimensions, normalize), Layout::Vectors);
-    Ok(timing.on(writer.respond(&app.metrics, memory)))
+    Ok(timing.on(writer.of(output_dtype.unwrap_or_default()).respond(&target.app.metrics, memory)))
 }
 
-/// The same as `/embed`.
+/// What the model is for: the same as `/embed`, or with a reranker `/rerank`, or with a classifier `/predict`.
 #[utoipa::path(post, path = "/", operation_id = "root_embed", tag = "Embeddings", request_body = EmbedRequest,
     responses((status = 200, description = "One vector per input", body = Vec<Vec<f32>>)))]
-pub(crate) async fn root(state: State<AppState>, call: Call<EmbedRequest>) -> Result<Response, ServerError> {
-    embed(state, call).await
+pub(crate) async fn root(received: Received) -> Result<Response, ServerError> {
+    match &received.model()?.card.task {
+        Task::Embedding { .. } => embed(received.parse().await?).await,
+        Task::Classification(head) if head.labels.len() == 1 => {
+            score::rerank(received.parse::<RerankRequest>().await?).await
+        }
+        Task::Classification(_) => score::predict(received.parse::<PredictRequest>().await?).await,
+    }
 }
 
 /// One vector per token of each input, special tokens included, as the model gives them.
 #[utoipa::path(post, path = "/embed_all", tag = "Embeddings", request_body = EmbedAllRequest,
     responses((status = 200, description = "A list of vectors per input", body = Vec<Vec<Vec<f32>>>)))]
-pub(crate) async fn embed_all(
-    State(app): State<AppState>,
-    call: Call<EmbedAllRequest>,
-) -> Result<Response, ServerError> {
-    let EmbedAllRequest { inputs, truncate, truncation_direction, prompt_name } = call.body;
-    let items = items_of(&app, inputs, "inputs")?;
+pub(crate) async fn embed_all(call: Call<EmbedAllRequest>) -> Result<Response, ServerError> {
+    let Call { target, body, clock, memory } = call;
+    target.model.embeds()?;
+    let EmbedAllRequest { inputs, truncate, truncation_direction, prompt_name } = body;
+    let pieces = pieces_of(&target.app, inputs, "inputs")?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "inputs" };
-    let Computed { reply, timing, memory } = compute(&app, work, options, Want::PooledAndTokens).await?;
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&target, work, options, Want::PooledAndTokens).await?;
     let rows = reply.rows.into_iter().map(|rows| rows.tokens).collect();
-    let writer = RowsWriter::new(rows, Layout::TokenVectors { width: app.config.model.d_model });
-    Ok(timing.on(writer.respond(&app.metrics, memory)))
+    let writer = RowsWriter::new(rows, Layout::TokenVectors { width: target.model.card.d_model });
+    Ok(timing.on(writer.respond(&target.app.metrics, memory)))
 }
 
 /// The cosine of each sentence to the source sentence.
 #[utoipa::path(post, path = "/similarity", tag = "Embeddings", request_body = SimilarityRequest,
     responses((status = 200, description = "One cosine per sentence", body = Vec<f32>)))]
-pub(crate) async fn similarity(
-    State(app): State<AppState>,
-    call: Call<SimilarityRequest>,
-) -> Result<Response, ServerError> {
-    let SimilarityRequest { inputs, parameters } = call.body;
+pub(crate) async fn similarity(call: Call<SimilarityRequest>) -> Result<Response, ServerError> {
+    let Call { target, body, clock, memory } = call;
+    target.model.embeds()?;
+    let SimilarityRequest { inputs, parameters } = body;
     let Object(inputs) = inputs;
     let Object(parameters) = parameters.unwrap_or_default();
     let mut sentences = inputs.sentences;
@@ -211,51 +119,52 @@ pub(crate) async fn similarity(
     // The source sentence is computed too.
     sentences.n_sent += 1;
     sentences.items.insert(0, inputs.source_sentence);
-    let items = checked_batch(&app, sentences, "inputs.sentences")?.into_iter().map(Item::Text).collect();
+    let sentences = checked_batch(&target.app, sentences, "inputs.sentences")?;
+    let pieces = sentences.into_iter().map(|text| Piece::Item(Item::Text(text))).collect();
     let options = Options {
         truncate: parameters.truncate,
         direction: parameters.truncation_direction,
         prompt_name: parameters.prompt_name,
     };
-    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "inputs" };
-    let Computed { reply, timing, memory } = compute(&app, work, options, Want::Pooled).await?;
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let (source, others) = reply.rows.split_first().ok_or(ServerError::Internal)?;
     let cosines = others.iter().map(|rows| cosine(&source.pooled, &rows.pooled)).collect();
     // A vector of cosines is written as any other, without the brackets of a list of one.
     let json = RowsWriter::new(vec![cosines], Layout::Vector);
-    Ok(timing.on(json.respond(&app.metrics, memory)))
+    Ok(timing.on(json.respond(&target.app.metrics, memory)))
 }
 
 /// Vectors of unit length, as OpenAI's API gives them.
 #[utoipa::path(post, path = "/v1/embeddings", tag = "OpenAI", request_body = OpenAiRequest,
     responses((status = 200, description = "One vector per input", body = OpenAiResponse)))]
-pub(crate) async fn v1_embeddings(
-    State(app): State<AppState>,
-    call: Call<OpenAiRequest>,
-) -> Result<Response, ServerError> {
-    let items = items_of(&app, call.body.input, "input")?;
-    let dimensions = checked_dimensions(&app, call.body.dimensions)?;
-    let options = Options { truncate: None, direction: TruncationDirection::Right, prompt_name: None };
-    let work = Work { clock: call.clock, body_memory: call.memory, items, field: "input" };
-    let Computed { reply, timing, memory } = compute(&app, work, options, Want::Pooled).await?;
+pub(crate) async fn v1_embeddings(call: Call<OpenAiRequest>) -> Result<Response, ServerError> {
+    let Call { target, body, clock, memory } = call;
+    target.model.embeds()?;
+    let pieces = pieces_of(&target.app, body.input, "input")?;
+    let dimensions = checked_dimensions(&target.model, body.dimensions)?;
+    let work = Work { clock, body_memory: memory, pieces, field: "input" };
+    let Computed { reply, timing, memory } = compute(&target, work, Options::default(), Want::Pooled).await?;
     let layout = Layout::OpenAi {
-        format: call.body.encoding_format.unwrap_or_default(),
-        model: app.served_name_json.clone(),
+        format: body.encoding_format.unwrap_or_default(),
+        model: target.model.name_json.clone(),
         n_tokens: timing.n_tokens,
     };
     let writer = RowsWriter::new(vectors(reply, dimensions, true), layout);
-    Ok(timing.on(writer.respond(&app.metrics, memory)))
+    Ok(timing.on(writer.of(body.output_dtype.unwrap_or_default()).respond(&target.app.metrics, memory)))
 }
 
 /// The same as `/v1/embeddings`.
 #[utoipa::path(post, path = "/embeddings", tag = "OpenAI", request_body = OpenAiRequest,
     responses((status = 200, description = "One vector per input", body = OpenAiResponse)))]
-pub(crate) async fn embeddings(state: State<AppState>, call: Call<OpenAiRequest>) -> Result<Response, ServerError> {
-    v1_embeddings(state, call).await
+pub(crate) async fn embeddings(call: Call<OpenAiRequest>) -> Result<Response, ServerError> {
+    v1_embeddings(call).await
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::engine::SequenceRows;
 

@@ -95,18 +95,26 @@ fn events_reach_their_series() {
     let batch = BatchStats { worker: 0, n_seqs: 3, n_tokens: 40, queue_wait: ms(1), compute: ms(9) };
     events::batch_finished(&metrics, &batch);
     events::inference_failed(&metrics, &std::fmt::Error);
-    events::engine_started(&metrics, 2, 1000, 64);
-    events::self_checked(&metrics, 0.998, 0.99, 0.001);
+    events::engine_started("m", 2, 1000, 64);
+    events::self_checked(&metrics, "m", 0.998, 0.99, 0.001);
+    events::self_checked(&metrics, "n", 0.999, 0.99, 0.0005);
+    events::reloaded(&metrics, "m", None, ms(1));
+    events::reload_refused(&metrics, "m", "damaged");
+    events::reload_refused(&metrics, "m", "damaged");
+    metrics.model_counters("m").batch(2, 30);
     let model = ModelInfo { model: "a \"b\"".to_owned(), ..ModelInfo::default() };
     events::model_loaded(&metrics, &model, ms(80));
-    events::ready(&metrics, ([127, 0, 0, 1], 1).into());
-    metrics.set_queue(4, 99);
+    events::ready(&metrics, ([127, 0, 0, 1], 1).into(), None);
+    let reading = |depth, tokens| Some(QueueReading { depth, tokens, capacity: 1000, inputs: 64 });
+    metrics.queue_source("m", move || reading(4, 99));
+    metrics.queue_source("n", move || reading(1, 1));
+    metrics.queue_source("n", || None);
     metrics.set_threads(2);
     metrics.set_build_info("1", "avx2");
     metrics.set_build_info("1", "portable");
-    metrics.memory_source(MemoryKind::Workspace, || 1);
-    metrics.memory_source(MemoryKind::Workspace, || 77);
-    metrics.set_memory(MemoryKind::Tokenizer, 5);
+    metrics.memory_source(MemoryKind::Workspace, || Some(1));
+    metrics.memory_source(MemoryKind::Workspace, || Some(77));
+    metrics.memory_source(MemoryKind::Tokenizer, || None);
 
     let found = samples(&metrics.render());
     for (name, value) in [
@@ -128,17 +136,24 @@ fn events_reach_their_series() {
         ("batch_duration_seconds_count", 1.0),
         ("batch_padding_tokens_total", 0.0),
         ("inference_errors_total", 1.0),
-        ("queue_capacity", 1000.0),
-        ("concurrency_limit", 64.0),
+        ("queue_capacity", 2000.0),
+        ("concurrency_limit", 128.0),
         ("selfcheck_drift", 0.001),
-        ("queue_depth", 4.0),
-        ("queue_tokens", 99.0),
+        ("queue_depth", 5.0),
+        ("queue_tokens", 100.0),
+        ("model_queue_tokens{model=\"m\"}", 99.0),
+        ("model_queue_depth{model=\"n\"}", 1.0),
+        ("model_queue_capacity{model=\"n\"}", 1000.0),
+        ("model_sequences_total{model=\"m\"}", 2.0),
+        ("model_tokens_total{model=\"m\"}", 30.0),
+        ("model_reloads_total{model=\"m\",result=\"swapped\"}", 1.0),
+        ("model_reloads_total{model=\"m\",result=\"refused\"}", 2.0),
         ("threads", 2.0),
         ("selfcheck_cosine", 0.998),
         ("ready", 1.0),
         ("requests_in_flight", 1.0),
-        ("memory_bytes{kind=\"workspace\"}", 77.0),
-        ("memory_bytes{kind=\"tokenizer\"}", 5.0),
+        ("memory_bytes{kind=\"workspace\"}", 78.0),
+        ("memory_bytes{kind=\"tokenizer\"}", 0.0),
         ("build_info{isa=\"portable\",version=\"1\"}", 1.0),
         ("model_info{attention=\"\",family=\"\",model=\"a \\\"b\\\"\",precision=\"\",scheme=\"\"}", 1.0),
         ("model_load_seconds", 0.08),

@@ -1,7 +1,6 @@
 //! Against the tokenizer library's own truncation, on tokenizers made here.
 
 use proptest::prelude::*;
-use tokenizers::{TruncationDirection, TruncationParams, TruncationStrategy};
 
 use super::*;
 
@@ -37,7 +36,7 @@ fn json(normalizer: &str, template: &str) -> Vec<u8> {
         "truncation":{{"direction":"Right","max_length":4,"strategy":"LongestFirst","stride":0}},
         "padding":{{"strategy":{{"Fixed":16}},"direction":"Right","pad_to_multiple_of":null,"pad_id":0,"pad_type_id":0,"pad_token":"[PAD]"}},
         "added_tokens":[{added}],"normalizer":{normalizer},"pre_tokenizer":{{"type":"BertPreTokenizer"}},
-        "post_processor":{{"type":"TemplateProcessing","single":{template},"pair":[{{"Sequence":{{"id":"A","type_id":0}}}},{{"Sequence":{{"id":"B","type_id":1}}}}],
+        "post_processor":{{"type":"TemplateProcessing","single":{template},"pair":[{{"SpecialToken":{{"id":"[CLS]","type_id":0}}}},{{"Sequence":{{"id":"A","type_id":0}}}},{{"SpecialToken":{{"id":"[SEP]","type_id":0}}}},{{"Sequence":{{"id":"B","type_id":1}}}},{{"SpecialToken":{{"id":"[SEP]","type_id":1}}}}],
         "special_tokens":{{"[CLS]":{{"id":"[CLS]","ids":[2],"tokens":["[CLS]"]}},"[SEP]":{{"id":"[SEP]","ids":[3],"tokens":["[SEP]"]}}}}}},
         "decoder":{{"type":"WordPiece","prefix":"##","cleanup":true}},
         "model":{{"type":"WordPiece","unk_token":"[UNK]","continuing_subword_prefix":"##","max_input_chars_per_word":20,"vocab":{{{}}}}}}}"###,
@@ -109,6 +108,19 @@ fn decode_is_the_way_back() {
     assert!(tokenizer.knows(0) && !tokenizer.knows(10_000) && tokenizer.vocab_size() < 100);
 }
 
+#[test]
+fn pairs_are_framed_and_typed() {
+    let tokenizer = bert();
+    let part = |text: &str, limit| tokenizer.part(text, limit).unwrap();
+    let pair = tokenizer.pair(part("the tree", None), part("gardens", None), None).unwrap();
+    assert_eq!((&pair.ids[..], &pair.token_types[..]), (&[2, 4, 5, 3, 6, 7, 3][..], &[0, 0, 0, 0, 1, 1, 1][..]));
+    let limit = Some((5, Direction::Right));
+    let pair = tokenizer.pair(part("the tree", limit), part("gardens", limit), limit).unwrap();
+    assert_eq!((&pair.ids[..], pair.was_cut), (&[2, 4, 3, 6, 3][..], true));
+    let empty = tokenizer.pair(part("", limit), part("the", limit), limit).unwrap();
+    assert_eq!((&empty.ids[..], empty.was_cut), (&[2, 3, 4, 3][..], false));
+}
+
 /// Words, blanks, added tokens and what else a text is made of.
 fn text() -> impl Strategy<Value = String> {
     let part = prop_oneof![
@@ -170,5 +182,30 @@ proptest! {
         let whole = tokenizer.encode(&text, true).unwrap();
         let expected = tokenizer.truncate(whole, max_tokens, Direction::Right);
         prop_assert_eq!(tokenizer.encode_within(&text, max_tokens, Direction::Right).unwrap(), expected);
+    }
+
+    #[test]
+    fn pairs_are_cut_as_the_library_cuts_them(
+        first in text(),
+        second in text(),
+        max_tokens in 4usize..60,
+        left in any::<bool>(),
+    ) {
+        let json = json(BERT, CLS_A_SEP);
+        let tokenizer = Tokenizer::from_bytes(&json).unwrap();
+        let direction = if left { Direction::Left } else { Direction::Right };
+        let mut library = tokenizers::Tokenizer::from_bytes(&json).unwrap();
+        library.with_padding(None);
+        let strategy = TruncationStrategy::LongestFirst;
+        let of_library = if left { TruncationDirection::Left } else { TruncationDirection::Right };
+        let params = TruncationParams { direction: of_library, max_length: max_tokens, strategy, stride: 0 };
+        library.with_truncation(Some(params)).unwrap();
+        let expected = library.encode((first.as_str(), second.as_str()), true).unwrap();
+        let limit = Some((max_tokens, direction));
+        let part = |text| tokenizer.part(text, limit).unwrap();
+        let pair = tokenizer.pair(part(&first), part(&second), limit).unwrap();
+        prop_assert_eq!(&pair.ids[..], expected.get_ids());
+        let types: Vec<u32> = pair.token_types.iter().map(|&kind| u32::from(kind)).collect();
+        prop_assert_eq!(&types[..], expected.get_type_ids());
     }
 }

@@ -62,6 +62,7 @@ fn architecture() -> crate::model::Architecture {
         pooling: Pooling::Mean,
         normalize: true,
         max_input_tokens: 16,
+        head: None,
     })
     .unwrap()
 }

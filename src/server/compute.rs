@@ -1,0 +1,121 @@
+//! What all routes share that run a model: inputs in, rows and their times out.
+
+use std::time::Duration;
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::Response;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::error::ServerError;
+use super::extract::{Clock, SMALL_BODY, Target, take_memory};
+use super::inputs::{Options, Piece, encode};
+use crate::engine::{Reply, Submission};
+use crate::model::Want;
+
+/// Text Embeddings Inference's headers, in the order of [`Timing::write`], and the standard one.
+pub(crate) const TIMING_HEADERS: [HeaderName; 9] = [
+    HeaderName::from_static("x-compute-type"),
+    HeaderName::from_static("x-compute-time"),
+    HeaderName::from_static("x-compute-characters"),
+    HeaderName::from_static("x-compute-tokens"),
+    HeaderName::from_static("x-total-time"),
+    HeaderName::from_static("x-tokenization-time"),
+    HeaderName::from_static("x-queue-time"),
+    HeaderName::from_static("x-inference-time"),
+    HeaderName::from_static("server-timing"),
+];
+
+/// What the headers tell of an answer.
+#[derive(Debug)]
+pub(crate) struct Timing {
+    pub(crate) clock: Clock,
+    pub(crate) n_chars: usize,
+    pub(crate) n_tokens: usize,
+    pub(crate) tokenize: Duration,
+    pub(crate) queue: Duration,
+    pub(crate) infer: Duration,
+}
+
+impl Timing {
+    /// Text Embeddings Inference counts in whole milliseconds, which says little here: `server-timing` has fractions.
+    fn write(&self, headers: &mut HeaderMap) {
+        let total = self.clock.start.elapsed();
+        let millis = |duration: Duration| HeaderValue::from(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+        let exact = |duration: Duration| duration.as_secs_f64() * 1e3;
+        let server_timing = format!(
+            "tokenize;dur={:.3}, queue;dur={:.3}, infer;dur={:.3}, total;dur={:.3}",
+            exact(self.tokenize),
+            exact(self.queue),
+            exact(self.infer),
+            exact(total),
+        );
+        let values = [
+            HeaderValue::from_static("cpu"),
+            millis(total),
+            self.n_chars.into(),
+            self.n_tokens.into(),
+            millis(total),
+            millis(self.tokenize),
+            millis(self.queue),
+            millis(self.infer),
+            HeaderValue::from_str(&server_timing).expect("names and numbers are visible ASCII"),
+        ];
+        headers.reserve(values.len());
+        for (name, value) in TIMING_HEADERS.into_iter().zip(values) {
+            headers.insert(name, value);
+        }
+    }
+
+    pub(crate) fn on(&self, mut response: Response) -> Response {
+        self.write(response.headers_mut());
+        response
+    }
+}
+
+/// What is to be computed for a request.
+pub(crate) struct Work {
+    pub(crate) clock: Clock,
+    pub(crate) body_memory: Option<OwnedSemaphorePermit>,
+    pub(crate) pieces: Vec<Piece>,
+    /// What the request calls its inputs.
+    pub(crate) field: &'static str,
+}
+
+/// What the engine computed for a request.
+pub(crate) struct Computed {
+    pub(crate) reply: Reply,
+    pub(crate) timing: Timing,
+    /// The rows' share of the memory for answers, if they are many.
+    pub(crate) memory: Option<OwnedSemaphorePermit>,
+}
+
+/// Tokenizes and computes.
+pub(crate) async fn compute(
+    target: &Target,
+    work: Work,
+    options: Options,
+    want: Want,
+) -> Result<Computed, ServerError> {
+    let Work { clock, body_memory, pieces, field } = work;
+    let encoded = encode(target, clock, pieces, options, field).await?;
+    // The texts are gone by now.
+    drop(body_memory);
+    // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
+    let model = &target.model;
+    let token_floats =
+        if want == Want::PooledAndTokens { encoded.n_tokens.saturating_mul(model.card.d_model) } else { 0 };
+    let n_floats = encoded.sequences.len().saturating_mul(model.width()).saturating_add(token_floats);
+    let n_bytes = n_floats.saturating_mul(size_of::<f32>());
+    let memory = if n_bytes > SMALL_BODY { Some(take_memory(&target.app, n_bytes)?) } else { None };
+    let submission = Submission { sequences: encoded.sequences, want, deadline: clock.deadline };
+    let reply = model.engine.submit(submission).await?;
+    let timing = Timing {
+        clock,
+        n_chars: encoded.n_chars,
+        n_tokens: encoded.n_tokens,
+        tokenize: encoded.took,
+        queue: reply.queue,
+        infer: reply.infer,
+    };
+    Ok(Computed { reply, timing, memory })
+}

@@ -1,0 +1,237 @@
+//! The four kinds of gRPC calls, from messages in to messages out.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::codec::Streaming;
+use tonic::server::Grpc;
+use tonic::{Request as GrpcRequest, Response as GrpcResponse, Status};
+use tonic_prost::ProstCodec;
+
+use super::failed;
+use crate::server::error::ServerError;
+use crate::server::extract::{Clock, Target, asked_model};
+use crate::server::layers::Arrival;
+use crate::server::state::AppState;
+
+/// Messages of a stream that are computed at once.
+const WINDOW: usize = 32;
+
+/// What a call is about, besides its messages.
+#[derive(Debug, Clone)]
+pub(super) struct Context {
+    pub(super) target: Target,
+    pub(super) clock: Clock,
+}
+
+impl Context {
+    fn of(app: &AppState, request: &Request) -> Result<Self, ServerError> {
+        let headers = request.headers();
+        let model = app.models.find(asked_model(request.uri(), headers)?.as_deref(), None)?;
+        let start = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.start);
+        let mut clock = Clock::of(app, start, headers)?;
+        if let Some(timeout) = grpc_timeout(headers)? {
+            clock.deadline = start.checked_add(timeout);
+        }
+        Ok(Self { target: Target { app: app.clone(), model }, clock })
+    }
+
+    /// The same for a message that comes now: a stream may be open for hours, its messages have a deadline each unless
+    /// the client has set one for the whole.
+    fn for_message(&self, has_deadline: bool) -> Self {
+        let start = Instant::now();
+        let default = self.target.app.config.default_timeout;
+        let deadline =
+            if has_deadline { self.clock.deadline } else { default.and_then(|limit| start.checked_add(limit)) };
+        Self { target: self.target.clone(), clock: Clock { start, deadline } }
+    }
+}
+
+/// `grpc-timeout`: up to eight digits and a unit.
+fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, ServerError> {
+    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let parse = || {
+        let text = value.to_str().ok()?;
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        let number: u64 = digits.parse().ok().filter(|_| digits.len() <= 8 && !digits.starts_with('+'))?;
+        Some(match unit {
+            "H" => Duration::from_secs(number * 3600),
+            "M" => Duration::from_secs(number * 60),
+            "S" => Duration::from_secs(number),
+            "m" => Duration::from_millis(number),
+            "u" => Duration::from_micros(number),
+            "n" => Duration::from_nanos(number),
+            _ => return None,
+        })
+    };
+    let invalid = || ServerError::Value { field: "grpc-timeout", reason: "must be digits and a unit".to_owned() };
+    parse().map(Some).ok_or_else(invalid)
+}
+
+fn codec<Req: Message + Default + 'static, Res: Message + Default + 'static>(
+    app: &AppState,
+) -> Grpc<ProstCodec<Res, Req>> {
+    Grpc::new(ProstCodec::default()).max_decoding_message_size(app.config.payload_limit)
+}
+
+fn respond(response: axum::http::Response<tonic::body::Body>) -> Response {
+    response.map(Body::new)
+}
+
+/// A message in, a message out.
+pub(super) async fn unary<Req, Res, F, Fut>(app: AppState, request: Request, answer: F) -> Response
+where
+    Req: Message + Default + 'static,
+    Res: Message + Default + 'static,
+    F: Fn(Context, Req) -> Fut + Copy + Send + 'static,
+    Fut: Future<Output = Result<Res, ServerError>> + Send,
+{
+    let context = match Context::of(&app, &request) {
+        Ok(context) => context,
+        Err(error) => return failed(&app, &error).into_http(),
+    };
+    let of_call = app.clone();
+    let service = tower::service_fn(move |message: GrpcRequest<Req>| {
+        let (app, context) = (of_call.clone(), context.clone());
+        async move {
+            match answer(context, message.into_inner()).await {
+                Ok(message) => Ok(GrpcResponse::new(message)),
+                Err(error) => Err(failed(&app, &error)),
+            }
+        }
+    });
+    respond(codec::<Req, Res>(&app).unary(service, request).await)
+}
+
+/// Ends a message's work when its stream is left.
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Messages in, as many messages out, in their order; up to [`WINDOW`] of them are computed at once.
+pub(super) async fn streaming<Req, Res, F, Fut>(app: AppState, request: Request, answer: F) -> Response
+where
+    Req: Message + Default + 'static,
+    Res: Message + Default + 'static,
+    F: Fn(Context, Req) -> Fut + Copy + Send + Sync + 'static,
+    Fut: Future<Output = Result<Res, ServerError>> + Send + 'static,
+{
+    let context = match Context::of(&app, &request) {
+        Ok(context) => context,
+        Err(error) => return failed(&app, &error).into_http(),
+    };
+    let has_deadline = request.headers().contains_key("grpc-timeout");
+    let of_call = app.clone();
+    let service = tower::service_fn(move |messages: GrpcRequest<Streaming<Req>>| {
+        let (app, context) = (of_call.clone(), context.clone());
+        async move {
+            let mut messages = messages.into_inner();
+            let (started, mut running) = mpsc::channel::<AbortOnDrop<Result<Res, Status>>>(WINDOW);
+            let (out, answers) = mpsc::channel(1);
+            // Both tasks end when the client leaves: its stream drops `answers`, and so on backwards.
+            tokio::spawn(async move {
+                loop {
+                    let work = match messages.message().await {
+                        Ok(None) => return,
+                        Ok(Some(message)) => {
+                            let (app, context) = (app.clone(), context.for_message(has_deadline));
+                            tokio::spawn(
+                                async move { answer(context, message).await.map_err(|error| failed(&app, &error)) },
+                            )
+                        }
+                        // Not readable: told in its place, and the end.
+                        Err(status) => tokio::spawn(async move { Err(status) }),
+                    };
+                    if started.send(AbortOnDrop(work)).await.is_err() {
+                        return;
+                    }
+                }
+            });
+            tokio::spawn(async move {
+                while let Some(mut work) = running.recv().await {
+                    let answer = (&mut work.0).await.unwrap_or_else(|_| Err(Status::internal("internal error")));
+                    let ends = answer.is_err();
+                    if out.send(answer).await.is_err() || ends {
+                        return;
+                    }
+                }
+            });
+            Ok(GrpcResponse::new(ReceiverStream::new(answers)))
+        }
+    });
+    respond(codec::<Req, Res>(&app).streaming(service, request).await)
+}
+
+/// Messages in, one message out.
+pub(super) async fn client_streaming<Req, Res, F, Fut>(app: AppState, request: Request, answer: F) -> Response
+where
+    Req: Message + Default + 'static,
+    Res: Message + Default + 'static,
+    F: Fn(Context, Streaming<Req>) -> Fut + Copy + Send + 'static,
+    Fut: Future<Output = Result<Result<Res, ServerError>, Status>> + Send,
+{
+    let context = match Context::of(&app, &request) {
+        Ok(context) => context,
+        Err(error) => return failed(&app, &error).into_http(),
+    };
+    let of_call = app.clone();
+    let service = tower::service_fn(move |messages: GrpcRequest<Streaming<Req>>| {
+        let (app, context) = (of_call.clone(), context.clone());
+        async move {
+            match answer(context, messages.into_inner()).await? {
+                Ok(message) => Ok(GrpcResponse::new(message)),
+                Err(error) => Err(failed(&app, &error)),
+            }
+        }
+    });
+    respond(codec::<Req, Res>(&app).client_streaming(service, request).await)
+}
+
+/// A message in, messages out.
+pub(super) async fn server_streaming<Req, Res, F>(app: AppState, request: Request, answer: F) -> Response
+where
+    Req: Message + Default + 'static,
+    Res: Message + Default + 'static,
+    F: Fn(AppState, Req) -> mpsc::Receiver<Result<Res, Status>> + Copy + Send + 'static,
+{
+    let of_call = app.clone();
+    let service = tower::service_fn(move |message: GrpcRequest<Req>| {
+        let answers = answer(of_call.clone(), message.into_inner());
+        async move { Ok::<_, Status>(GrpcResponse::new(ReceiverStream::new(answers))) }
+    });
+    respond(codec::<Req, Res>(&app).server_streaming(service, request).await)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_in_every_unit() {
+        let timeout = |text: &str| {
+            let headers = HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), text.parse().unwrap())]);
+            grpc_timeout(&headers)
+        };
+        for (text, millis) in
+            [("2H", 7_200_000), ("3M", 180_000), ("4S", 4000), ("5m", 5), ("6000u", 6), ("7000000n", 7)]
+        {
+            assert_eq!(timeout(text).unwrap(), Some(Duration::from_millis(millis)), "{text}");
+        }
+        for wrong in ["", "S", "1", "1s", "-1S", "+1S", "123456789S", "1.5S"] {
+            assert!(timeout(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(grpc_timeout(&HeaderMap::new()).unwrap(), None);
+    }
+}

@@ -1,0 +1,267 @@
+//! What answers each method.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+use tonic::Status;
+use tonic::codec::Streaming;
+
+use super::call::Context;
+use super::messages::{
+    DecodeRequest, DecodeResponse, EmbedAllRequest, EmbedAllResponse, EmbedRequest, EmbedResponse, EmbedSparseRequest,
+    EmbedSparseResponse, EncodeRequest, EncodeResponse, HealthCheckRequest, HealthCheckResponse, InfoRequest,
+    InfoResponse, Metadata, ModelType, PredictPairRequest, PredictRequest, PredictResponse, Prediction, Rank,
+    RerankRequest, RerankResponse, RerankStreamRequest, ServingStatus, SimpleToken, TokenEmbedding,
+    TruncationDirection,
+};
+use crate::model::Want;
+use crate::server::api::{self, Item, Sentence};
+use crate::server::compute::{Computed, Timing, Work, compute};
+use crate::server::config::Task;
+use crate::server::error::ServerError;
+use crate::server::inputs::{Options, Piece, checked_len, prompt, prompted, tokenizing};
+use crate::server::routes::embed::{checked_dimensions, vectors};
+use crate::server::routes::ops::is_ready;
+use crate::server::routes::score::{pairs, piece, predictions, ranked};
+use crate::server::routes::text::{text_of, tokens};
+use crate::server::state::AppState;
+
+/// The services that can be asked for their health.
+const SERVICES: [&str; 6] = ["", "tei.v1.Info", "tei.v1.Embed", "tei.v1.Predict", "tei.v1.Rerank", "tei.v1.Tokenize"];
+
+/// How often a watched health is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
+
+fn options(truncate: bool, direction: i32, prompt_name: Option<String>) -> Options {
+    let direction = match TruncationDirection::try_from(direction) {
+        Ok(TruncationDirection::Left) => api::TruncationDirection::Left,
+        _ => api::TruncationDirection::Right,
+    };
+    Options { truncate: Some(truncate), direction, prompt_name }
+}
+
+fn small(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn metadata(timing: &Timing) -> Option<Metadata> {
+    Some(Metadata {
+        compute_chars: small(timing.n_chars),
+        compute_tokens: small(timing.n_tokens),
+        total_time_ns: nanos(timing.clock.start.elapsed()),
+        tokenization_time_ns: nanos(timing.tokenize),
+        queue_time_ns: nanos(timing.queue),
+        inference_time_ns: nanos(timing.infer),
+    })
+}
+
+async fn run(context: &Context, pieces: Vec<Piece>, options: Options, want: Want) -> Result<Computed, ServerError> {
+    let work = Work { clock: context.clock, body_memory: None, pieces, field: "inputs" };
+    compute(&context.target, work, options, want).await
+}
+
+pub(super) async fn info(context: Context, _: InfoRequest) -> Result<InfoResponse, ServerError> {
+    let (config, model) = (&context.target.app.config, &context.target.model);
+    let limits = model.engine.limits();
+    let model_type = match &model.card.task {
+        Task::Embedding { .. } => ModelType::Embedding,
+        Task::Classification(head) if head.labels.len() == 1 => ModelType::Reranker,
+        Task::Classification(_) => ModelType::Classifier,
+    };
+    Ok(InfoResponse {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        sha: option_env!("NIWAKI_BUILD_SHA").map(str::to_owned),
+        docker_label: option_env!("NIWAKI_IMAGE_LABEL").map(str::to_owned),
+        model_id: model.card.model_id.clone(),
+        model_sha: model.card.model_sha.clone(),
+        model_dtype: model.card.dtype.clone(),
+        model_type: model_type.into(),
+        max_concurrent_requests: small(limits.max_concurrent_requests),
+        max_input_length: small(model.max_input_tokens),
+        max_batch_tokens: small(limits.max_batch_tokens),
+        max_batch_requests: limits.max_batch_requests.map(small),
+        max_client_batch_size: small(config.max_client_batch_size),
+        tokenization_workers: small(config.tokenization_workers.get()),
+    })
+}
+
+pub(super) async fn embed(context: Context, request: EmbedRequest) -> Result<EmbedResponse, ServerError> {
+    let model = &context.target.model;
+    model.embeds()?;
+    let dimensions = checked_dimensions(model, request.dimensions.map(|width| width as usize))?;
+    let options = options(request.truncate, request.truncation_direction, request.prompt_name);
+    let pieces = vec![Piece::Item(Item::Text(request.inputs))];
+    let Computed { reply, timing, .. } = run(&context, pieces, options, Want::Pooled).await?;
+    let embeddings = vectors(reply, dimensions, request.normalize.unwrap_or(true)).pop().unwrap_or_default();
+    Ok(EmbedResponse { embeddings, metadata: metadata(&timing) })
+}
+
+pub(super) async fn embed_sparse(_: Context, _: EmbedSparseRequest) -> Result<EmbedSparseResponse, ServerError> {
+    Err(ServerError::MethodNotAllowed)
+}
+
+pub(super) async fn embed_all(context: Context, request: EmbedAllRequest) -> Result<EmbedAllResponse, ServerError> {
+    let model = &context.target.model;
+    model.embeds()?;
+    let options = options(request.truncate, request.truncation_direction, request.prompt_name);
+    let pieces = vec![Piece::Item(Item::Text(request.inputs))];
+    let Computed { mut reply, timing, .. } = run(&context, pieces, options, Want::PooledAndTokens).await?;
+    let rows = reply.rows.pop().unwrap_or_default().tokens;
+    let rows = rows.chunks_exact(model.card.d_model).map(|row| TokenEmbedding { embeddings: row.to_vec() });
+    Ok(EmbedAllResponse { token_embeddings: rows.collect(), metadata: metadata(&timing) })
+}
+
+pub(super) async fn predict(context: Context, request: PredictRequest) -> Result<PredictResponse, ServerError> {
+    let PredictRequest { inputs, truncate, raw_scores, truncation_direction } = request;
+    predicted(&context, Sentence::One(inputs), options(truncate, truncation_direction, None), raw_scores).await
+}
+
+pub(super) async fn predict_pair(
+    context: Context,
+    request: PredictPairRequest,
+) -> Result<PredictResponse, ServerError> {
+    let PredictPairRequest { mut inputs, truncate, raw_scores, truncation_direction } = request;
+    let sentence = match (inputs.pop(), inputs.pop(), inputs.is_empty()) {
+        (Some(text), None, true) => Sentence::One(text),
+        (Some(second), Some(first), true) => Sentence::Two(first, second),
+        _ => {
+            let reason = "must have one or two elements".to_owned();
+            return Err(ServerError::Value { field: "inputs", reason });
+        }
+    };
+    predicted(&context, sentence, options(truncate, truncation_direction, None), raw_scores).await
+}
+
+async fn predicted(
+    context: &Context,
+    sentence: Sentence,
+    options: Options,
+    raw: bool,
+) -> Result<PredictResponse, ServerError> {
+    let head = context.target.model.head()?;
+    let Computed { mut reply, timing, .. } = run(context, vec![piece(sentence)], options, Want::Pooled).await?;
+    let values = reply.rows.pop().unwrap_or_default().pooled;
+    let message = |prediction: api::Prediction| Prediction { score: prediction.score, label: prediction.label };
+    let predictions = predictions(head, values, raw).into_iter().map(message).collect();
+    Ok(PredictResponse { predictions, metadata: metadata(&timing) })
+}
+
+pub(super) async fn rerank(context: Context, request: RerankRequest) -> Result<RerankResponse, ServerError> {
+    let RerankRequest { query, texts, truncate, raw_scores, return_text, truncation_direction } = request;
+    checked_len(&context.target.app, texts.len(), "texts")?;
+    let head = context.target.model.reranker()?;
+    let mut kept = if return_text { texts.iter().cloned().map(Some).collect() } else { vec![None; texts.len()] };
+    let options = options(truncate, truncation_direction, None);
+    let Computed { reply, timing, .. } = run(&context, pairs(&query, texts), options, Want::Pooled).await?;
+    let rank = |(index, score): (usize, f32)| Rank { index: small(index), text: kept[index].take(), score };
+    let ranks = ranked(head, reply, raw_scores).into_iter().map(rank).collect();
+    Ok(RerankResponse { ranks, metadata: metadata(&timing) })
+}
+
+pub(super) async fn rerank_stream(
+    context: Context,
+    mut messages: Streaming<RerankStreamRequest>,
+) -> Result<Result<RerankResponse, ServerError>, Status> {
+    let mut whole: Option<RerankRequest> = None;
+    while let Some(message) = messages.message().await? {
+        let RerankStreamRequest { query, text, truncate, raw_scores, return_text, truncation_direction } = message;
+        let whole = whole.get_or_insert_with(|| RerankRequest {
+            query,
+            texts: Vec::new(),
+            truncate,
+            raw_scores,
+            return_text,
+            truncation_direction,
+        });
+        whole.texts.push(text);
+        if let Err(error) = checked_len(&context.target.app, whole.texts.len(), "texts") {
+            return Ok(Err(error));
+        }
+    }
+    Ok(rerank(context, whole.unwrap_or_default()).await)
+}
+
+pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result<EncodeResponse, ServerError> {
+    let EncodeRequest { inputs, add_special_tokens, prompt_name } = request;
+    if inputs.is_empty() {
+        return Err(ServerError::Empty { field: "inputs" });
+    }
+    let (tokens, _) = tokenizing(&context.target, context.clock, inputs.len(), move |target, tokenizer, _| {
+        let prompt = prompt(&target.model, prompt_name.as_deref())?;
+        Ok(tokens(tokenizer, &prompted(prompt, &inputs), add_special_tokens)?)
+    })
+    .await?;
+    let message = |token: api::SimpleToken| SimpleToken {
+        id: token.id,
+        text: token.text,
+        special: token.special,
+        start: token.start.map(small),
+        stop: token.stop.map(small),
+    };
+    Ok(EncodeResponse { tokens: tokens.into_iter().map(message).collect() })
+}
+
+pub(super) async fn decode(context: Context, request: DecodeRequest) -> Result<DecodeResponse, ServerError> {
+    let DecodeRequest { ids, skip_special_tokens } = request;
+    if ids.is_empty() {
+        return Err(ServerError::Empty { field: "ids" });
+    }
+    let (text, _) = tokenizing(&context.target, context.clock, 4 * ids.len(), move |_, tokenizer, _| {
+        text_of(tokenizer, &ids, skip_special_tokens)
+    })
+    .await?;
+    Ok(DecodeResponse { text })
+}
+
+fn serving(app: &AppState) -> HealthCheckResponse {
+    let status = if is_ready(app).is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
+    HealthCheckResponse { status: status.into() }
+}
+
+pub(super) async fn health(context: Context, request: HealthCheckRequest) -> Result<HealthCheckResponse, ServerError> {
+    if !SERVICES.contains(&request.service.as_str()) {
+        return Err(ServerError::NotFound);
+    }
+    Ok(serving(&context.target.app))
+}
+
+/// The health now and whenever it changes, until the client leaves or the service ends.
+pub(super) fn watch_health(
+    app: AppState,
+    request: HealthCheckRequest,
+) -> mpsc::Receiver<Result<HealthCheckResponse, Status>> {
+    let (out, answers) = mpsc::channel(1);
+    tokio::spawn(async move {
+        if !SERVICES.contains(&request.service.as_str()) {
+            let unknown = HealthCheckResponse { status: ServingStatus::ServiceUnknown.into() };
+            // Told once, and kept open: the service might be added, the protocol says.
+            if out.send(Ok(unknown)).await.is_ok() {
+                out.closed().await;
+            }
+            return;
+        }
+        let mut last = None;
+        loop {
+            let now = serving(&app);
+            if last != Some(now) {
+                last = Some(now);
+                if out.send(Ok(now)).await.is_err() {
+                    return;
+                }
+                if now.status == i32::from(ServingStatus::NotServing) && app.readiness.is_draining() {
+                    return;
+                }
+            }
+            tokio::select! {
+                () = sleep(WATCH_EVERY) => {}
+                () = out.closed() => return,
+            }
+        }
+    });
+    answers
+}

@@ -1,0 +1,273 @@
+//! The Open Inference Protocol, version 2, as KServe speaks it.
+
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+
+use crate::engine::Sequence;
+use crate::model::Want;
+use crate::server::api::{
+    InferRequest, InferResponse, InferTensor, InferredTensor, Item, ModelMetadata, ModelReady, Object, ServerLive,
+    ServerMetadata, ServerReady, TensorData, TensorMetadata,
+};
+use crate::server::compute::{Computed, Work, compute};
+use crate::server::config::Task;
+use crate::server::error::ServerError;
+use crate::server::extract::{Call, Received};
+use crate::server::inputs::{Options, Piece, checked_len};
+use crate::server::models::{Model, json as to_json};
+use crate::server::routes::embed::{checked_dimensions, vectors};
+use crate::server::routes::ops::{is_ready, json};
+use crate::server::routes::score::scores;
+use crate::server::state::AppState;
+
+/// Names of the tensors.
+const TEXT: &str = "text";
+const TEXT_PAIR: &str = "text_pair";
+const INPUT_IDS: &str = "input_ids";
+const ATTENTION_MASK: &str = "attention_mask";
+const TOKEN_TYPE_IDS: &str = "token_type_ids";
+const EMBEDDING: &str = "embedding";
+const SCORES: &str = "scores";
+const LOGITS: &str = "logits";
+
+/// The server.
+#[utoipa::path(get, path = "/v2", tag = "Open Inference Protocol",
+    responses((status = 200, description = "The server", body = ServerMetadata)))]
+pub(crate) async fn server() -> Response {
+    let metadata = ServerMetadata { name: "niwaki", version: env!("CARGO_PKG_VERSION"), extensions: Vec::new() };
+    json(to_json(&metadata)).into_response()
+}
+
+/// Whether the process runs.
+#[utoipa::path(get, path = "/v2/health/live", tag = "Open Inference Protocol",
+    responses((status = 200, description = "The process runs", body = ServerLive)))]
+pub(crate) async fn live() -> Response {
+    json(to_json(&ServerLive { live: true })).into_response()
+}
+
+/// Whether requests are taken.
+#[utoipa::path(get, path = "/v2/health/ready", tag = "Open Inference Protocol",
+    responses((status = 200, description = "Requests are taken", body = ServerReady)))]
+pub(crate) async fn ready(State(app): State<AppState>) -> Result<Response, ServerError> {
+    is_ready(&app)?;
+    Ok(json(to_json(&ServerReady { ready: true })).into_response())
+}
+
+/// A model's tensors.
+#[utoipa::path(get, path = "/v2/models/{name}", tag = "Open Inference Protocol",
+    params(("name" = String, Path, description = "Name of the model")),
+    responses((status = 200, description = "The model's tensors", body = ModelMetadata)))]
+pub(crate) async fn model(State(app): State<AppState>, Path(name): Path<String>) -> Result<Response, ServerError> {
+    let model = app.models.named(&name)?;
+    let tensor = |name, datatype, shape: &[i64]| TensorMetadata { name, datatype, shape: shape.to_vec() };
+    let mut inputs = vec![tensor(TEXT, "BYTES", &[-1])];
+    let outputs = match &model.card.task {
+        Task::Embedding { .. } => vec![tensor(EMBEDDING, "FP32", &[-1, size(model.card.d_model)])],
+        Task::Classification(head) => {
+            inputs.push(tensor(TEXT_PAIR, "BYTES", &[-1]));
+            [SCORES, LOGITS].map(|name| tensor(name, "FP32", &[-1, size(head.labels.len())])).to_vec()
+        }
+    };
+    inputs.extend([INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS].map(|name| tensor(name, "INT64", &[-1, -1])));
+    let metadata = ModelMetadata {
+        name: model.card.served_name.clone(),
+        versions: model.card.model_sha.iter().cloned().collect(),
+        platform: "niwaki",
+        inputs,
+        outputs,
+    };
+    Ok(json(to_json(&metadata)).into_response())
+}
+
+fn size(n: usize) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// Whether a model takes requests.
+#[utoipa::path(get, path = "/v2/models/{name}/ready", tag = "Open Inference Protocol",
+    params(("name" = String, Path, description = "Name of the model")),
+    responses((status = 200, description = "The model takes requests", body = ModelReady)))]
+pub(crate) async fn model_ready(
+    State(app): State<AppState>,
+    Path(name): Path<String>,
+) -> Result<Response, ServerError> {
+    let name = app.models.named(&name)?.card.served_name.clone();
+    is_ready(&app)?;
+    Ok(json(to_json(&ModelReady { name, ready: true })).into_response())
+}
+
+/// Embeddings or scores of texts (`text`, and `text_pair` for pairs) or of token ids (`input_ids`).
+#[utoipa::path(post, path = "/v2/models/{name}/infer", tag = "Open Inference Protocol",
+    request_body = InferRequest,
+    params(("name" = String, Path, description = "Name of the model")),
+    responses((status = 200, description = "The output tensors", body = InferResponse)))]
+pub(crate) async fn infer(Path(name): Path<String>, received: Received) -> Result<Response, ServerError> {
+    let received = received.for_model(name);
+    let Call { target, body, clock, memory } = received.parse::<InferRequest>().await?;
+    let Object(parameters) = body.parameters.unwrap_or_default();
+    let dimensions = checked_dimensions(&target.model, parameters.dimensions)?;
+    let wanted: Option<Vec<String>> =
+        body.outputs.map(|all| all.into_iter().map(|Object(output)| output.name).collect());
+    check_outputs(&target.model, wanted.as_deref())?;
+    let pieces = pieces(body.inputs, target.model.card.n_token_types)?;
+    checked_len(&target.app, pieces.len(), "inputs")?;
+    let options =
+        Options { truncate: parameters.truncate, direction: parameters.truncation_direction, prompt_name: None };
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
+    let n = reply.rows.len();
+    let tensor = |name, rows: Vec<Vec<f32>>| {
+        let width = rows.first().map_or(0, Vec::len);
+        InferredTensor { name, shape: [n, width], datatype: "FP32", data: rows.concat() }
+    };
+    let mut outputs = match &target.model.card.task {
+        Task::Embedding { .. } => {
+            vec![tensor(EMBEDDING, vectors(reply, dimensions, parameters.normalize.unwrap_or(true)))]
+        }
+        Task::Classification(head) => {
+            let logits: Vec<Vec<f32>> = reply.rows.into_iter().map(|rows| rows.pooled).collect();
+            let scores = logits.iter().map(|values| scores(head, values.clone(), false)).collect();
+            vec![tensor(SCORES, scores), tensor(LOGITS, logits)]
+        }
+    };
+    if let Some(wanted) = wanted {
+        outputs.retain(|output| wanted.iter().any(|name| name == output.name));
+    }
+    let response = InferResponse {
+        model_name: target.model.card.served_name.clone(),
+        model_version: target.model.card.model_sha.clone(),
+        id: body.id,
+        outputs,
+    };
+    let response = json(to_json(&response)).into_response();
+    drop(memory);
+    Ok(timing.on(response))
+}
+
+fn invalid(field: &'static str, reason: impl Into<String>) -> ServerError {
+    ServerError::Value { field, reason: reason.into() }
+}
+
+fn check_outputs(model: &Model, wanted: Option<&[String]>) -> Result<(), ServerError> {
+    let known: &[&str] = match model.card.task {
+        Task::Embedding { .. } => &[EMBEDDING],
+        Task::Classification(_) => &[SCORES, LOGITS],
+    };
+    match wanted.unwrap_or_default().iter().find(|name| !known.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(_) => Err(invalid("outputs", format!("must be of {}", known.join(", ")))),
+    }
+}
+
+/// The input tensors of a request, by name.
+#[derive(Default)]
+struct Tensors {
+    text: Option<Vec<String>>,
+    text_pair: Option<Vec<String>>,
+    input_ids: Option<Matrix>,
+    attention_mask: Option<Matrix>,
+    token_type_ids: Option<Matrix>,
+}
+
+/// Integers in rows of one length.
+struct Matrix {
+    values: Vec<i64>,
+    width: usize,
+}
+
+/// One piece per row of the tensors.
+fn pieces(inputs: Vec<Object<InferTensor>>, n_token_types: usize) -> Result<Vec<Piece>, ServerError> {
+    let mut tensors = Tensors::default();
+    for Object(tensor) in inputs {
+        let known = match tensor.name.as_str() {
+            TEXT => tensors.text.replace(texts(tensor)?).is_some(),
+            TEXT_PAIR => tensors.text_pair.replace(texts(tensor)?).is_some(),
+            INPUT_IDS => tensors.input_ids.replace(matrix(tensor)?).is_some(),
+            ATTENTION_MASK => tensors.attention_mask.replace(matrix(tensor)?).is_some(),
+            TOKEN_TYPE_IDS => tensors.token_type_ids.replace(matrix(tensor)?).is_some(),
+            _ => return Err(invalid("inputs", "must be text, text_pair, input_ids, attention_mask or token_type_ids")),
+        };
+        if known {
+            return Err(invalid("inputs", "must name each tensor once"));
+        }
+    }
+    match tensors {
+        Tensors { text: Some(texts), text_pair, input_ids: None, attention_mask: None, token_type_ids: None } => {
+            let Some(second) = text_pair else {
+                return Ok(texts.into_iter().map(|text| Piece::Item(Item::Text(text))).collect());
+            };
+            if second.len() != texts.len() {
+                return Err(invalid("text_pair", format!("must have as many elements as text, {}", texts.len())));
+            }
+            Ok(texts.into_iter().zip(second).map(|(first, second)| Piece::Pair(first.into(), second)).collect())
+        }
+        Tensors { text: None, text_pair: None, input_ids: Some(ids), attention_mask, token_type_ids } => {
+            sequences(&ids, attention_mask.as_ref(), token_type_ids.as_ref(), n_token_types)
+        }
+        _ => Err(invalid("inputs", "must be text (and text_pair), or input_ids (with its mask and types)")),
+    }
+}
+
+fn texts(tensor: InferTensor) -> Result<Vec<String>, ServerError> {
+    let InferTensor { shape, datatype, data, .. } = tensor;
+    if datatype != "BYTES" {
+        return Err(invalid("datatype", "of texts must be BYTES"));
+    }
+    let texts = match data {
+        TensorData::Text(texts) => texts,
+        TensorData::Empty => Vec::new(),
+        TensorData::Integers(_) => return Err(invalid("data", "of BYTES must be strings")),
+    };
+    match shape[..] {
+        [n] | [n, 1] if n == texts.len() => Ok(texts),
+        _ => Err(invalid("shape", format!("must be [{0}] or [{0}, 1] for {0} texts", texts.len()))),
+    }
+}
+
+fn matrix(tensor: InferTensor) -> Result<Matrix, ServerError> {
+    let InferTensor { shape, datatype, data, .. } = tensor;
+    if !matches!(datatype.as_str(), "INT64" | "INT32") {
+        return Err(invalid("datatype", "of token ids, masks and types must be INT64"));
+    }
+    let values = match data {
+        TensorData::Integers(values) => values,
+        TensorData::Empty => Vec::new(),
+        TensorData::Text(_) => return Err(invalid("data", "of INT64 must be integers")),
+    };
+    match shape[..] {
+        [rows, width] if rows.checked_mul(width) == Some(values.len()) && width > 0 => Ok(Matrix { values, width }),
+        _ => Err(invalid("shape", format!("must be [rows, length] of the {} values", values.len()))),
+    }
+}
+
+/// The rows of `ids` without what the mask hides: batches have no padding here.
+fn sequences(
+    ids: &Matrix,
+    mask: Option<&Matrix>,
+    types: Option<&Matrix>,
+    n_token_types: usize,
+) -> Result<Vec<Piece>, ServerError> {
+    for (field, other) in [(ATTENTION_MASK, mask), (TOKEN_TYPE_IDS, types)] {
+        if other.is_some_and(|other| other.width != ids.width || other.values.len() != ids.values.len()) {
+            return Err(invalid(field, "must have the shape of input_ids"));
+        }
+    }
+    let width = ids.width;
+    let row = |matrix: &Matrix, index: usize| matrix.values[index * width..(index + 1) * width].to_vec();
+    let mut pieces = Vec::with_capacity(ids.values.len() / width);
+    for index in 0..ids.values.len() / width {
+        let mask = mask.map_or_else(|| vec![1; width], |mask| row(mask, index));
+        let types = types.map(|types| row(types, index));
+        let mut sequence = Sequence::default();
+        for (at, id) in row(ids, index).into_iter().enumerate().filter(|(at, _)| mask[*at] != 0) {
+            sequence.ids.push(u32::try_from(id).map_err(|_| invalid(INPUT_IDS, "must not be negative or above 2^32"))?);
+            if let Some(types) = types.as_ref().filter(|_| n_token_types > 1) {
+                let kind = u8::try_from(types[at]).ok().filter(|kind| usize::from(*kind) < n_token_types);
+                let reason = || invalid(TOKEN_TYPE_IDS, format!("must be less than {n_token_types}"));
+                sequence.token_types.push(kind.ok_or_else(reason)?);
+            }
+        }
+        pieces.push(Piece::Sequence(sequence));
+    }
+    Ok(pieces)
+}
