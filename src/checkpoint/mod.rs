@@ -7,6 +7,7 @@ mod error;
 mod hf_config;
 pub mod hf_names;
 pub mod hub;
+mod inventory;
 mod manifest;
 mod matrix;
 mod open;
@@ -15,6 +16,7 @@ mod weights;
 mod writer;
 
 pub use error::CheckpointError;
+pub use inventory::{GroupSize, Inventory, MatrixInfo, TensorGroup};
 pub use manifest::{
     Calibration, FORMAT_VERSION, Golden, MANIFEST_FILE, Manifest, Pruning, Quality, Recipe, SizeReport, Source,
 };

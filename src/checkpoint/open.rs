@@ -256,6 +256,16 @@ impl Checkpoint {
         InFiles { files: &self.files, prefix: self.prefix }
     }
 
+    /// Names and bytes of all tensors.
+    pub(super) fn tensor_sizes(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.files.iter().flat_map(TensorFile::sizes)
+    }
+
+    /// What stands before every name.
+    pub(super) fn prefix(&self) -> &'static str {
+        self.prefix
+    }
+
     fn tensor(&self, name: &str) -> Result<TensorView<'_>, CheckpointError> {
         self.in_files().find(name)
     }

@@ -168,6 +168,11 @@ impl TensorFile {
         self.entries.keys().map(String::as_str)
     }
 
+    /// Names and bytes in order.
+    pub fn sizes(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.entries.iter().map(|(name, entry)| (name.as_str(), entry.range.len()))
+    }
+
     /// Lends a tensor.
     ///
     /// # Errors

@@ -20,8 +20,10 @@ pub(super) enum Command {
     Serve(Box<ServeArgs>),
     /// Compress a model directory into an artefact that `serve` reads.
     Compress(Box<CompressArgs>),
-    /// Measure a model's quality: similarity scores, and fidelity to another model.
+    /// Measure a model: similarity, classification, retrieval, fidelity to another model, speed and memory.
     Eval(Box<EvalArgs>),
+    /// Compare models: sizes, quality and speed in one table, measured in turn.
+    Compare(Box<CompareArgs>),
     /// Show a model's layers, sizes, multiply-accumulates and provenance.
     Inspect(InspectArgs),
     /// Embed lines of text from standard input to standard output, one JSON array a line.
@@ -90,6 +92,16 @@ pub(super) enum Precision {
     Int8,
     /// Single precision, the reference.
     F32,
+}
+
+impl Precision {
+    /// As it is typed.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::F32 => "f32",
+        }
+    }
 }
 
 /// Sentence pooling by its usual names.
@@ -220,16 +232,50 @@ pub(super) struct EvalArgs {
     /// The model.
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// Sentence pairs with scores: STS-B's columns (… score, sentence1, sentence2, separated by tabs) or
-    /// `score<TAB>sentence1<TAB>sentence2`.
+    /// What to measure.
+    #[command(flatten)]
+    pub(super) tasks: super::tasks::TaskArgs,
+    /// The model that --texts compares with: the cosine between both models' embeddings is measured. A directory, run in
+    /// f32 unless it ends in `@int8`.
+    #[arg(long, value_name = "DIR[@f32|@int8]", requires = "texts")]
+    pub(super) reference: Option<super::subject::Named>,
+    /// A second model, measured on the same tasks; differences get intervals by paired bootstrap. `@builtin` is the model
+    /// inside the binary.
+    #[arg(long, value_name = "DIR[@f32|@int8]")]
+    pub(super) against: Option<super::subject::Named>,
+    /// Measure latency, throughput and memory as well.
+    #[arg(long)]
+    pub(super) speed: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Flags of `niwaki compare`.
+#[derive(Debug, Args)]
+pub(super) struct CompareArgs {
+    /// Model directories or artefacts; differences are to the first. `@builtin` is the model inside the binary; a directory
+    /// followed by `@f32` is run in single precision.
+    #[arg(value_name = "DIR[@f32|@int8]", num_args = 2.., required = true)]
+    pub(super) models: Vec<super::subject::Named>,
+    /// What to measure.
+    #[command(flatten)]
+    pub(super) tasks: super::tasks::TaskArgs,
+    /// Leave out latency and throughput.
+    #[arg(long)]
+    pub(super) no_speed: bool,
+    /// Passes over the texts that latency and throughput are measured in; the models take turns.
+    #[arg(long, default_value = "7")]
+    pub(super) rounds: std::num::NonZeroUsize,
+    /// Write tables and charts as one HTML file.
     #[arg(long, value_name = "FILE")]
-    pub(super) sts: Option<PathBuf>,
-    /// Texts, one a line, on which the cosine to --reference is measured.
-    #[arg(long, value_name = "FILE", requires = "reference")]
-    pub(super) texts: Option<PathBuf>,
-    /// The uncompressed model directory to compare with, run in f32.
-    #[arg(long, value_name = "DIR")]
-    pub(super) reference: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
+    /// Threads that compute (default: the CPU quota of the cgroup, at most the processors there are).
+    #[arg(long, env = "NIWAKI_THREADS")]
+    pub(super) threads: Option<std::num::NonZeroUsize>,
+    /// Instruction set, instead of the best that the processor has.
+    #[arg(long, env = "NIWAKI_ISA", value_name = "ISA")]
+    pub(super) isa: Option<String>,
     /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,
@@ -241,7 +287,10 @@ pub(super) struct InspectArgs {
     /// A model directory (default: the model inside the binary).
     #[arg(long, env = "MODEL", value_name = "DIR")]
     pub(super) model: Option<PathBuf>,
-    /// Print the manifest and the layers as JSON.
+    /// List every matrix.
+    #[arg(long)]
+    pub(super) matrices: bool,
+    /// Print the manifest, the layers and the matrices as JSON.
     #[arg(long)]
     pub(super) json: bool,
 }

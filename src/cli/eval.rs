@@ -3,79 +3,102 @@
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
-use super::args::EvalArgs;
+use super::args::{EvalArgs, Precision};
 use super::progress::Bars;
+use super::subject::{Named, Subject, speed_line};
+use super::tasks::Tasks;
 use super::{model, players};
-use crate::checkpoint::Checkpoint;
-use crate::eval::{embed, encoder, fidelity, read_lines, read_pairs, sts};
-use crate::exec::candle_model;
+use crate::eval::{SpeedSettings, embed, encoder};
 use crate::text::Tokenizer;
 
-/// Seed of the bootstrap; the interval is the same from run to run.
-const SEED: u64 = 0;
-
 pub(super) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    if args.sts.is_none() && args.texts.is_none() {
-        bail!("nothing to measure: give --sts FILE, or --texts FILE with --reference DIR");
+    let tasks = Tasks::read(&args.tasks)?;
+    if tasks.is_empty() && !args.speed {
+        bail!(
+            "nothing to measure: give --sts FILE, --train FILE with --test FILE, --corpus FILE with --queries FILE and \
+             --judgements FILE, --texts FILE with --reference DIR, or --speed"
+        );
     }
-    let pairs = args.sts.as_deref().map(read_pairs).transpose()?;
-    let texts = args.texts.as_deref().map(read_lines).transpose()?;
-    let checkpoint = model::open(&args.model)?;
-    let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
-    let mut loaded = players::load(&checkpoint, &args.model, 1)?;
-    let subject = &mut *loaded.workers[0];
-    let encode = encoder(&tokenizer, checkpoint.architecture().max_input_tokens);
+    if args.tasks.texts.is_some() && args.reference.is_none() {
+        bail!("--texts is compared with another model: give --reference DIR");
+    }
+    let n_workers = if args.speed { players::n_threads(&args.model) } else { 1 };
+    let named = |named: &Named, precision| named.args(precision, args.model.threads, args.model.isa.as_deref());
+    let mut subject = Subject::open(&args.model, n_workers)?;
+    let mut other = match &args.against {
+        Some(dir) => Some(Subject::open(&named(dir, Precision::Int8), n_workers).context("--against")?),
+        None => None,
+    };
     let bars = Bars::new();
-    let mut report = serde_json::Map::new();
-    report.insert("model".to_owned(), json!(checkpoint.name()));
-    if let Some(pairs) = &pairs {
-        bars.start("similarity", Some(pairs.len() as u64 * 2), 0, false);
-        let result = sts(subject, &encode, pairs, SEED, |n| bars.advance(n as u64))?;
-        bars.finish();
-        report.insert("sts".to_owned(), serde_json::to_value(result)?);
+    let reference = match &args.reference {
+        Some(dir) => {
+            let mut reference = Subject::open(&named(dir, Precision::F32), 1).context("--reference")?;
+            tasks.reference(&mut reference, &bars)?
+        }
+        None => None,
+    };
+
+    let measured = tasks.measure(&mut subject, reference.as_ref(), &bars)?;
+    let mut lines = format!("{}\n{}", subject.name(), measured.lines());
+    let mut report = describe(&subject, serde_json::to_value(&measured)?);
+    let theirs = match &mut other {
+        Some(other) => Some(tasks.measure(other, reference.as_ref(), &bars)?),
+        None => None,
+    };
+    let mut subjects: Vec<&mut Subject> = std::iter::once(&mut subject).chain(&mut other).collect();
+    let speeds = if args.speed { tasks.speed(&mut subjects, &SpeedSettings::default(), &bars)? } else { Vec::new() };
+    if let Some(speed) = speeds.first() {
+        let memory = subject.memory();
+        lines += &format!("speed           {}\n", speed_line(speed, subject.loaded.n_threads));
+        lines += &memory_line(&memory);
+        report["speed"] = serde_json::to_value(speed)?;
+        report["memory"] = memory;
     }
-    if let (Some(texts), Some(dir)) = (&texts, &args.reference) {
-        let reference = Checkpoint::open(dir).with_context(|| format!("reference {}", dir.display()))?;
-        let reference_tokenizer = Tokenizer::from_bytes(reference.tokenizer_json())?;
-        let reference_encode = encoder(&reference_tokenizer, reference.architecture().max_input_tokens);
-        let mut reference_model = candle_model(&reference)?;
-        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        bars.start("fidelity", Some(texts.len() as u64 * 2), 0, false);
-        let result = fidelity((&mut reference_model, &reference_encode), (subject, &encode), &texts, |n| {
-            bars.advance(n as u64);
-        })?;
-        bars.finish();
-        report.insert("fidelity".to_owned(), serde_json::to_value(result)?);
+    if let (Some(other), Some(theirs)) = (&other, &theirs) {
+        let differences = tasks.differences(&measured, theirs);
+        lines += &format!("\n{}\n{}", other.name(), theirs.lines());
+        let mut against = describe(other, serde_json::to_value(theirs)?);
+        let mut difference = serde_json::to_value(&differences)?;
+        if let [ours, theirs] = &speeds[..] {
+            lines += &format!("speed           {}\n", speed_line(theirs, other.loaded.n_threads));
+            lines += &memory_line(&other.memory());
+            against["speed"] = serde_json::to_value(theirs)?;
+            against["memory"] = other.memory();
+            difference["throughput_ratio"] = json!(ours.throughput_ratio(theirs));
+        }
+        lines += &format!("\n{} less {}\n{}", subject.name(), other.name(), differences.lines());
+        if let Some(ratio) = difference["throughput_ratio"].as_f64() {
+            lines += &format!("  throughput    {ratio:.3} times\n");
+        }
+        report["against"] = against;
+        report["differences"] = difference;
     }
     if args.json {
-        println!("{}", Value::Object(report));
+        println!("{report}");
     } else {
-        print_lines(&Value::Object(report));
+        print!("{lines}");
     }
     Ok(())
 }
 
-fn print_lines(report: &Value) {
-    let number = |path: &str| report.pointer(path).and_then(Value::as_f64).unwrap_or_default();
-    println!("{}", report["model"].as_str().unwrap_or_default());
-    if report.get("sts").is_some() {
-        println!(
-            "similarity: Spearman {:.2} (95 % interval {:.2} to {:.2}) on {} pairs",
-            number("/sts/spearman") * 100.0,
-            number("/sts/interval/low") * 100.0,
-            number("/sts/interval/high") * 100.0,
-            number("/sts/n_pairs")
-        );
-    }
-    if report.get("fidelity").is_some() {
-        println!(
-            "fidelity: cosine to the reference {:.5} in the mean, {:.5} at the 1st percentile, {:.5} at least, on {} texts",
-            number("/fidelity/mean"),
-            number("/fidelity/p1"),
-            number("/fidelity/min"),
-            number("/fidelity/n_texts")
-        );
-    }
+/// What was measured, with what it was measured on.
+fn describe(subject: &Subject, mut measured: Value) -> Value {
+    measured["model"] = json!(subject.checkpoint.name());
+    measured["precision"] = json!(subject.precision.name());
+    measured["isa"] = json!(subject.loaded.isa);
+    measured["threads"] = json!(subject.loaded.n_threads);
+    measured
+}
+
+fn memory_line(memory: &Value) -> String {
+    let megabytes = |key: &str| memory[key].as_f64().unwrap_or_default() / 1e6;
+    format!(
+        "memory          {:.1} MB on disk; the process grew by {:.1} MB (weights {:.1}, workspace {:.1})\n",
+        megabytes("on_disk_bytes"),
+        megabytes("resident_growth_bytes"),
+        megabytes("weights_bytes"),
+        megabytes("workspace_peak_bytes")
+    )
 }
 
 /// Rows of the lines on standard input, for `niwaki embed`.

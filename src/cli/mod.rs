@@ -2,6 +2,8 @@
 
 mod args;
 mod bench;
+mod compare;
+mod compare_page;
 mod compress;
 mod default_model;
 mod eval;
@@ -12,6 +14,8 @@ mod parse;
 mod players;
 mod progress;
 mod serve;
+mod subject;
+mod tasks;
 
 use std::process::ExitCode;
 
@@ -26,6 +30,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Compress(args) => compress::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Embed(args) => eval::embed_lines(&args),
         Command::Bench(args) => bench::run(&args),

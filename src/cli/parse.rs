@@ -34,6 +34,14 @@ pub(super) fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A number above 0.
+pub(super) fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err(format!("`{text}` is not a number above 0")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -55,6 +55,17 @@ impl Embeddings {
         &self.values[index * self.width..(index + 1) * self.width]
     }
 
+    /// The rows of a range of texts, one after the other.
+    pub(super) fn rows(&self, range: std::ops::Range<usize>) -> &[f32] {
+        &self.values[range.start * self.width..range.end * self.width]
+    }
+
+    #[cfg(test)]
+    pub(super) fn new(width: usize, values: Vec<f32>) -> Self {
+        assert!(width > 0 && values.len().is_multiple_of(width), "{} values in rows of {width}", values.len());
+        Self { width, values }
+    }
+
     /// Cosine between row `index` here and row `other_index` there (both have length 1, so the dot product).
     #[must_use]
     pub fn cosine(&self, index: usize, other: &Self, other_index: usize) -> f64 {

@@ -17,10 +17,12 @@ pub enum EvalError {
         source: std::io::Error,
     },
     /// A file that is not UTF-8.
-    #[error("{}: not UTF-8 text (byte {offset})", path.display())]
+    #[error("{}:{line}: not UTF-8 text (byte {offset} of the file)", path.display())]
     NotText {
         /// The file.
         path: PathBuf,
+        /// Line of the first bad byte, counted from 1.
+        line: usize,
         /// Offset of the first bad byte.
         offset: usize,
     },
@@ -43,6 +45,14 @@ pub enum EvalError {
         got: usize,
         /// Lines needed.
         needed: usize,
+    },
+    /// A solver that did not come to its end.
+    #[error("the linear probe did not converge in {iterations} iterations (largest gradient {gradient:.1e})")]
+    Probe {
+        /// Iterations made.
+        iterations: usize,
+        /// Largest component of the gradient that was left.
+        gradient: f64,
     },
     /// Two models whose embeddings cannot be compared.
     #[error("embeddings of widths {0} and {1} cannot be compared")]

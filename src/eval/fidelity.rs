@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use super::EvalError;
 use super::embed::{Embeddings, Encode, embed};
-use super::{EvalError, stats};
+use super::stats::{Difference, N_RESAMPLES, mean_of, paired_difference, quantile};
 use crate::model::Forward;
 
 /// Cosines between two models' embeddings of the same texts.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Fidelity {
     /// Texts.
     pub n_texts: usize,
@@ -17,12 +18,35 @@ pub struct Fidelity {
     pub p1: f64,
     /// The worst text.
     pub min: f64,
+    #[serde(skip)]
+    cosines: Vec<f64>,
+}
+
+impl Fidelity {
+    /// How much the mean cosine is above another model's to the same reference on the same texts.
+    ///
+    /// # Panics
+    /// If one of the two was measured on other texts.
+    #[must_use]
+    pub fn difference(&self, other: &Self, seed: u64) -> Difference {
+        assert_eq!(self.n_texts, other.n_texts, "a difference needs the same texts");
+        paired_difference(
+            self.n_texts,
+            N_RESAMPLES,
+            seed,
+            |sample| mean_of(&self.cosines, sample),
+            |sample| mean_of(&other.cosines, sample),
+        )
+    }
 }
 
 pub(super) fn read_text(path: &Path) -> Result<String, EvalError> {
     let bytes = std::fs::read(path).map_err(|source| EvalError::Io { path: path.to_owned(), source })?;
-    String::from_utf8(bytes)
-        .map_err(|error| EvalError::NotText { path: path.to_owned(), offset: error.utf8_error().valid_up_to() })
+    String::from_utf8(bytes).map_err(|error| {
+        let offset = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes()[..offset].iter().filter(|byte| **byte == b'\n').count();
+        EvalError::NotText { path: path.to_owned(), line, offset }
+    })
 }
 
 /// Reads one text a line; empty lines are skipped. A line that is a JSON string stands for that string, so that texts
@@ -56,10 +80,11 @@ pub fn compare(reference: &Embeddings, model: &Embeddings) -> Result<Fidelity, E
     if reference.width() != model.width() {
         return Err(EvalError::Widths(reference.width(), model.width()));
     }
-    let mut cosines: Vec<f64> = (0..model.len()).map(|index| reference.cosine(index, model, index)).collect();
+    let cosines: Vec<f64> = (0..model.len()).map(|index| reference.cosine(index, model, index)).collect();
     let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
-    cosines.sort_by(f64::total_cmp);
-    Ok(Fidelity { n_texts: cosines.len(), mean, p1: stats::quantile(&cosines, 0.01), min: cosines[0] })
+    let mut sorted = cosines.clone();
+    sorted.sort_by(f64::total_cmp);
+    Ok(Fidelity { n_texts: cosines.len(), mean, p1: quantile(&sorted, 0.01), min: sorted[0], cosines })
 }
 
 /// Embeds `texts` with both models and compares.
@@ -89,7 +114,7 @@ mod tests {
         std::fs::write(&path, "plain text\n\n\"two\\nlines\"\n\"not closed\n").unwrap();
         assert_eq!(read_lines(&path).unwrap(), ["plain text", "two\nlines", "\"not closed"]);
         std::fs::write(&path, b"ok\n\xff\n").unwrap();
-        assert!(matches!(read_lines(&path), Err(EvalError::NotText { offset: 3, .. })));
+        assert!(matches!(read_lines(&path), Err(EvalError::NotText { offset: 3, line: 2, .. })));
         std::fs::write(&path, " \n\n").unwrap();
         assert!(matches!(read_lines(&path), Err(EvalError::TooFew { got: 0, .. })));
         assert!(matches!(read_lines(&dir.path().join("missing")), Err(EvalError::Io { .. })));

@@ -2,6 +2,9 @@
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
+/// Resamples of every interval.
+pub(super) const N_RESAMPLES: usize = 1_000;
+
 /// A confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Interval {
@@ -78,18 +81,49 @@ pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
     sorted[below] + (position - below as f64) * (sorted[above] - sorted[below])
 }
 
-/// Confidence interval of `spearman(b, gold) − spearman(a, gold)`, resampling the same pairs for both.
+/// How much a measure differs between two models that were measured on the same items.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Difference {
+    /// Measure of this model less that of the other.
+    pub difference: f64,
+    /// Its 95 % interval by paired bootstrap.
+    pub interval: Interval,
+    /// Two-sided bootstrap p-value: twice the smaller share of resamples on one side of 0, at most 1.
+    pub p_value: f64,
+}
+
+/// `ours − theirs` of a statistic on the same items, resampled together, so that what makes an item hard for both does
+/// not widen the interval.
 ///
-/// # Panics
-/// If the lengths differ.
-#[must_use]
-pub fn paired_bootstrap(a: &[f64], b: &[f64], gold: &[f64], n_resamples: usize, seed: u64) -> Interval {
-    assert!(a.len() == gold.len() && b.len() == gold.len(), "a difference needs the same pairs");
-    bootstrap(gold.len(), n_resamples, seed, |sample| {
-        let pick = |values: &[f64]| sample.iter().map(|&index| values[index]).collect::<Vec<_>>();
-        let gold = pick(gold);
-        spearman(&pick(b), &gold) - spearman(&pick(a), &gold)
-    })
+/// *Source*: Efron & Tibshirani 1993, §13 (percentile interval) and §15 (achieved significance level).
+pub fn paired_difference(
+    n: usize,
+    n_resamples: usize,
+    seed: u64,
+    ours: impl Fn(&[usize]) -> f64,
+    theirs: impl Fn(&[usize]) -> f64,
+) -> Difference {
+    let all: Vec<usize> = (0..n).collect();
+    let (mut below, mut above) = (0, 0);
+    let interval = bootstrap(n, n_resamples, seed, |sample| {
+        let difference = ours(sample) - theirs(sample);
+        below += usize::from(difference <= 0.0);
+        above += usize::from(difference >= 0.0);
+        difference
+    });
+    let p_value = (2.0 * below.min(above) as f64 / n_resamples as f64).min(1.0);
+    Difference { difference: ours(&all) - theirs(&all), interval, p_value }
+}
+
+/// The mean of `values` over a sample of indices.
+pub(super) fn mean_of(values: &[f64], sample: &[usize]) -> f64 {
+    sample.iter().map(|&index| values[index]).sum::<f64>() / sample.len() as f64
+}
+
+/// Spearman's correlation over a sample of indices.
+pub(super) fn spearman_of(x: &[f64], y: &[f64], sample: &[usize]) -> f64 {
+    let pick = |values: &[f64]| sample.iter().map(|&index| values[index]).collect::<Vec<_>>();
+    spearman(&pick(x), &pick(y))
 }
 
 #[cfg(test)]
@@ -115,14 +149,21 @@ mod tests {
             gold.iter().map(|value| value + rng.random_range(-noise..noise)).collect()
         };
         let (good, bad) = (noisy(0.5, &mut rng), noisy(6.0, &mut rng));
-        let pick = |sample: &[usize], values: &[f64]| sample.iter().map(|&i| values[i]).collect::<Vec<_>>();
-        let interval = |seed| bootstrap(300, 400, seed, |s| spearman(&pick(s, &bad), &pick(s, &gold)));
+        let interval = |seed| bootstrap(300, 400, seed, |sample| spearman_of(&bad, &gold, sample));
         let estimate = spearman(&bad, &gold);
         assert!(interval(1).low < estimate && estimate < interval(1).high);
         assert_eq!(interval(1), interval(1));
-        assert!(paired_bootstrap(&bad, &good, &gold, 400, 1).low > 0.0);
-        let same = paired_bootstrap(&bad, &bad, &gold, 50, 1);
-        assert_eq!((same.low, same.high), (0.0, 0.0));
+        let between = |ours: &[f64], theirs: &[f64]| {
+            paired_difference(300, 400, 1, |s| spearman_of(ours, &gold, s), |s| spearman_of(theirs, &gold, s))
+        };
+        let better = between(&good, &bad);
+        assert!(better.interval.low > 0.0 && better.p_value == 0.0);
+        assert!((better.difference - (spearman(&good, &gold) - estimate)).abs() < 1e-12);
+        let same = between(&bad, &bad);
+        assert_eq!((same.interval.low, same.interval.high, same.p_value), (0.0, 0.0, 1.0));
+        // Noise of the same size on both sides is no difference.
+        let other = noisy(6.0, &mut StdRng::seed_from_u64(9));
+        assert!(between(&other, &bad).p_value > 0.05);
     }
 
     #[test]
