@@ -258,7 +258,8 @@ pub(super) mod vnni {
         #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
         "gemm_u8i8_avx_vnni", gemm, Avx2,
         Forms {
-            preferred: &[AttentionForm::Int8, AttentionForm::Int16],
+            // The integer forms are for whoever asks: they have not yet been timed on a processor with this set.
+            preferred: &[AttentionForm::F32],
             tables: &[
                 attention!(#[target_feature(enable = "avx2,fma,f16c,avxvnni")] F32<Avx2>, 6, 2, 2),
                 attention!(#[target_feature(enable = "avx2,fma,f16c,avxvnni")] Words<Avx2, Vnni>, 6, 2, 2),
