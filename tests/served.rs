@@ -105,7 +105,7 @@ async fn a_deadline_passes_before_compute_and_a_client_that_left_costs_none() {
     let seat = real.cores.enter();
     let mut running = send("the pine tree", &[]).await;
     until("the worker waits for the core", || real.engine.load().running_sequences == 1).await;
-    let mut late = send("rain", &[("x-request-timeout-ms", "40")]).await;
+    let mut late = send("rain", &[("x-request-timeout-ms", "400")]).await;
     let left = send("stones and rain", &[]).await;
     until("both wait", || real.engine.load().queued_sequences == 2).await;
     let answer = late.answer().await.unwrap();
@@ -215,14 +215,15 @@ impl Process {
             .args(["serve", "--hostname", "127.0.0.1", "--port", "0", "--threads", "1", "--json-output"])
             .args(arguments)
             .env("LOG_LEVEL", "info")
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let address = loop {
             let line = lines.next().expect("the server ended").unwrap();
-            let event: Value = serde_json::from_str(&line).unwrap();
+            // What is no event is what the process has to say at its end.
+            let event: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line}"));
             let found = [&event["address"], &event["fields"]["address"]].into_iter().find_map(Value::as_str);
             if let Some(address) = found {
                 break address.parse().unwrap();

@@ -9,6 +9,11 @@ fn sigmoid(x: f32) -> f32 {
     (1.0 / (1.0 + (-f64::from(x)).exp())) as f32
 }
 
+/// A number as it reads back from an answer, whose digits are those of single precision.
+fn as_sent(x: f32) -> Value {
+    serde_json::from_str(&serde_json::to_string(&x).unwrap()).unwrap()
+}
+
 /// The number of a pair with a reranker.
 fn number(query: &str, text: &str) -> f32 {
     let (ids, types) = pair(query, text);
@@ -40,7 +45,7 @@ async fn rerank_sorts_texts_by_their_score() {
             for (rank, index) in ranks.iter().zip(order) {
                 let number = number("tree", TEXTS[index]);
                 let score = if raw { number } else { sigmoid(number) };
-                let mut expected = json!({"index": index, "score": score});
+                let mut expected = json!({"index": index, "score": as_sent(score)});
                 if return_text {
                     expected["text"] = json!(TEXTS[index]);
                 }
@@ -50,7 +55,7 @@ async fn rerank_sorts_texts_by_their_score() {
     }
     // One batch or many, a pair's number is its own.
     let alone = service.post("/rerank", json!({"query": "tree", "texts": [TEXTS[2]], "raw_scores": true})).await.json();
-    assert_eq!(alone, json!([{"index": 0, "score": number("tree", TEXTS[2])}]));
+    assert_eq!(alone, json!([{"index": 0, "score": as_sent(number("tree", TEXTS[2]))}]));
 }
 
 #[tokio::test]
@@ -68,7 +73,7 @@ async fn cohere_and_jina_get_their_words() {
             .take(2)
             .map(|index| {
                 let score = sigmoid(number("tree", TEXTS[index]));
-                json!({"index": index, "relevance_score": score, "document": {"text": TEXTS[index]}})
+                json!({"index": index, "relevance_score": as_sent(score), "document": {"text": TEXTS[index]}})
             })
             .collect();
         let n_tokens: usize = TEXTS.iter().map(|text| pair("tree", text).0.len()).sum();
@@ -171,11 +176,11 @@ async fn long_pairs_are_cut_at_the_longer_text_or_refused() {
     assert_eq!(cut.header("x-compute-tokens"), MAX_TOKENS.to_string());
     // 3 special tokens and the 3 of the query leave 10 for the text.
     let expected = number(query, "tree ".repeat(MAX_TOKENS - 6).trim());
-    assert_eq!(cut.json()[0]["score"], json!(expected));
+    assert_eq!(cut.json()[0]["score"], as_sent(expected));
     let left =
         json!({"query": query, "texts": [format!("{text} d")], "raw_scores": true, "truncation_direction": "left"});
     let expected = number(query, &format!("{}d", "tree ".repeat(MAX_TOKENS - 7)));
-    assert_eq!(service.post("/rerank", left).await.json()[0]["score"], json!(expected));
+    assert_eq!(service.post("/rerank", left).await.json()[0]["score"], as_sent(expected));
     let refused = service.post("/rerank", body(json!({"truncate": false}))).await;
     assert_eq!((refused.status, refused.json()["error_type"].clone()), (422, json!("Validation")));
     let huge = json!({"query": query, "texts": ["tree ".repeat(20_000)], "truncate": false});
