@@ -132,8 +132,8 @@ fn every_task_measures_and_differences_have_intervals() {
     assert_eq!((number("/classification/n_train"), number("/classification/n_classes")), (48.0, 3.0));
     // Every text is of the same class wherever it occurs, and a number more or less does not hide which it is.
     assert!(number("/classification/accuracy") > 0.5, "{report}");
-    // Each query is a document.
-    assert!(number("/retrieval/ndcg_at_10/mean") > 0.99 && number("/retrieval/mrr_at_10/mean") > 0.99);
+    // Each query is a document; two of the documents differ by capitals and marks alone, and one may stand for the other.
+    assert!(number("/retrieval/ndcg_at_10/mean") > 0.9 && number("/retrieval/mrr_at_10/mean") > 0.8, "{report}");
     assert_eq!((number("/retrieval/n_queries"), number("/retrieval/n_documents")), (4.0, 12.0));
     assert!(number("/fidelity/min") > 0.99 && number("/fidelity/min") < 1.0);
     assert!((number("/against/fidelity/min") - 1.0).abs() < 1e-6, "f32 against itself");

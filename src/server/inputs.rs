@@ -264,9 +264,9 @@ impl Encoder<'_> {
         let known = self.first.take().filter(|(text, _)| Arc::ptr_eq(text, first)).map(|(_, part)| part);
         let part = match known {
             Some(part) => part,
-            None => self.tokenizer.part(first, limit)?,
+            None => self.tokenizer.part(first)?,
         };
-        let pair = self.tokenizer.pair(part.clone(), self.tokenizer.part(second, limit)?, limit)?;
+        let pair = self.tokenizer.pair(part.clone(), self.tokenizer.part(second)?, limit)?;
         self.first = Some((Arc::clone(first), part));
         if pair.was_cut {
             events::truncated(&self.app.metrics);

@@ -118,21 +118,15 @@ impl Tokenizer {
         max_tokens: usize,
         direction: Direction,
     ) -> Result<(Vec<u32>, bool), TextError> {
-        let encoding = self.beginning(text, max_tokens, direction, true)?;
+        let encoding = self.beginning(text, max_tokens, direction)?;
         Ok(self.truncate(encoding.get_ids().to_vec(), max_tokens, direction))
     }
 
     /// Tokens of `text`, or so much of its beginning that cutting it to `max_tokens` gives the same.
-    fn beginning(
-        &self,
-        text: &str,
-        max_tokens: usize,
-        direction: Direction,
-        add_special: bool,
-    ) -> Result<Encoding, TextError> {
+    fn beginning(&self, text: &str, max_tokens: usize, direction: Direction) -> Result<Encoding, TextError> {
         /// English takes four to five bytes per token; with twice that the first try nearly always suffices.
         const BYTES_PER_TOKEN: usize = 10;
-        let encode = |text: &str| self.inner.encode_fast(text, add_special).map_err(TextError::Encode);
+        let encode = |text: &str| self.inner.encode_fast(text, true).map_err(TextError::Encode);
         if let (Direction::Right, Some(margin)) = (direction, self.cut_margin) {
             let enough = max_tokens + margin + self.prefix.len() + self.suffix.len();
             let mut n_bytes = enough * BYTES_PER_TOKEN;
@@ -147,16 +141,12 @@ impl Tokenizer {
         encode(text)
     }
 
-    /// A text that will be one of a pair; with a limit, no more of it than can matter.
+    /// A text that will be one of a pair: all of it, because which of the two is longer decides where a pair is cut.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn part(&self, text: &str, limit: Option<(usize, Direction)>) -> Result<Part, TextError> {
-        match limit {
-            Some((max_tokens, direction)) => self.beginning(text, max_tokens, direction, false),
-            None => self.inner.encode_fast(text, false).map_err(TextError::Encode),
-        }
-        .map(Part)
+    pub fn part(&self, text: &str) -> Result<Part, TextError> {
+        self.inner.encode_fast(text, false).map_err(TextError::Encode).map(Part)
     }
 
     /// Two texts as one sequence, with the special tokens and types that the tokenizer's post-processor has for pairs.

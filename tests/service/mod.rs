@@ -112,7 +112,7 @@ pub(crate) fn logits(ids: &[u32], types: &[u8], n_labels: usize) -> Vec<f32> {
 /// Ids and types of a pair as the service computes it.
 pub(crate) fn pair(first: &str, second: &str) -> (Vec<u32>, Vec<u8>) {
     let tokenizer = tokenizer();
-    let part = |text| tokenizer.part(text, None).unwrap();
+    let part = |text| tokenizer.part(text).unwrap();
     let pair = tokenizer.pair(part(first), part(second), None).unwrap();
     (pair.ids, pair.token_types)
 }

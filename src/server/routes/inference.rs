@@ -39,14 +39,14 @@ pub(crate) async fn server() -> Response {
 }
 
 /// Whether the process runs.
-#[utoipa::path(get, path = "/v2/health/live", tag = "Open Inference Protocol",
+#[utoipa::path(get, path = "/v2/health/live", operation_id = "inference_live", tag = "Open Inference Protocol",
     responses((status = 200, description = "The process runs", body = ServerLive)))]
 pub(crate) async fn live() -> Response {
     json(to_json(&ServerLive { live: true })).into_response()
 }
 
 /// Whether requests are taken.
-#[utoipa::path(get, path = "/v2/health/ready", tag = "Open Inference Protocol",
+#[utoipa::path(get, path = "/v2/health/ready", operation_id = "inference_ready", tag = "Open Inference Protocol",
     responses((status = 200, description = "Requests are taken", body = ServerReady)))]
 pub(crate) async fn ready(State(app): State<AppState>) -> Result<Response, ServerError> {
     is_ready(&app)?;
@@ -54,7 +54,7 @@ pub(crate) async fn ready(State(app): State<AppState>) -> Result<Response, Serve
 }
 
 /// A model's tensors.
-#[utoipa::path(get, path = "/v2/models/{name}", tag = "Open Inference Protocol",
+#[utoipa::path(get, path = "/v2/models/{name}", operation_id = "inference_model", tag = "Open Inference Protocol",
     params(("name" = String, Path, description = "Name of the model")),
     responses((status = 200, description = "The model's tensors", body = ModelMetadata)))]
 pub(crate) async fn model(State(app): State<AppState>, Path(name): Path<String>) -> Result<Response, ServerError> {
