@@ -5,10 +5,9 @@
 mod service;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,6 +24,7 @@ use niwaki::telemetry::{ExpiryStage, Metrics, RejectReason};
 use niwaki::text::Tokenizer;
 use serde_json::{Value, json};
 use service::Client;
+use service::process::Process;
 use tokio::net::TcpListener;
 
 fn golden(model: &str) -> PathBuf {
@@ -194,79 +194,6 @@ async fn models_share_the_cores_fairly() {
     let ratio = first as f64 / second as f64;
     println!("sequences: {first} and {second}, ratio {ratio:.3}");
     assert!((0.5..2.0).contains(&ratio), "{first} and {second}");
-}
-
-/// `niwaki serve` as a process.
-struct Process {
-    child: Child,
-    address: SocketAddr,
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
-}
-
-impl Process {
-    fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_niwaki"))
-            .args(["serve", "--hostname", "127.0.0.1", "--port", "0", "--threads", "1", "--json-output"])
-            .args(arguments)
-            .env("LOG_LEVEL", "info")
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let address = loop {
-            let line = lines.next().expect("the server ended").unwrap();
-            // What is no event is what the process has to say at its end.
-            let event: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line}"));
-            let found = [&event["address"], &event["fields"]["address"]].into_iter().find_map(Value::as_str);
-            if let Some(address) = found {
-                break address.parse().unwrap();
-            }
-        };
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, address }
-    }
-
-    fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, String) {
-        let mut stream = TcpStream::connect(self.address).unwrap();
-        let body = body.to_string();
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: t\r\nconnection: close\r\ncontent-type: application/json\r\n\
-             authorization: Bearer key\r\ncontent-length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all(head.as_bytes()).unwrap();
-        stream.write_all(body.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, answer.split_once("\r\n\r\n").unwrap().1.to_owned())
-    }
-
-    fn metric(&self, series: &str) -> f64 {
-        let text = self.ask("GET", "/metrics", &Value::Null).1;
-        let line = text.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series));
-        line.unwrap_or_else(|| panic!("{series} is not in\n{text}")).rsplit_once(' ').unwrap().1.parse().unwrap()
-    }
-
-    fn until_metric(&self, series: &str, value: f64) {
-        let start = Instant::now();
-        while self.metric(series) != value {
-            assert!(start.elapsed() < Duration::from_secs(20), "{series} is {}", self.metric(series));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap().success());
-    }
 }
 
 #[test]

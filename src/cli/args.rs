@@ -132,6 +132,10 @@ pub(super) struct ServeArgs {
     /// Port of the gRPC service (Text Embeddings Inference's); 0 picks a free one. Without it there is none.
     #[arg(long, env = "GRPC_PORT", value_name = "PORT")]
     pub(super) grpc_port: Option<u16>,
+    /// Port of their own for /metrics, /admin/reload (which needs a key there too) and probes; the main port then has the
+    /// probes and neither of the others. 0 picks a free one. Without it the main port has all of them.
+    #[arg(long, env = "PROMETHEUS_PORT", value_name = "PORT", visible_alias = "admin-port")]
+    pub(super) prometheus_port: Option<u16>,
     /// Name of the model in answers (of a single model; see --model).
     #[arg(long, env = "SERVED_MODEL_NAME")]
     pub(super) served_model_name: Option<String>,
@@ -165,9 +169,14 @@ pub(super) struct ServeArgs {
     /// Largest request body in bytes; more gets 413.
     #[arg(long, env = "PAYLOAD_LIMIT", default_value_t = 2_000_000)]
     pub(super) payload_limit: usize,
-    /// Key that clients must send as `Authorization: Bearer KEY`.
+    /// Key that clients must send as `Authorization: Bearer KEY` or `x-api-key: KEY`. Without a key all routes but
+    /// /admin/reload are open to everyone; that one always needs a key, and is closed where there is none.
     #[arg(long, env = "API_KEY", hide_env_values = true)]
     pub(super) api_key: Option<String>,
+    /// File of further keys, one a line; lines that begin with `#` are comments. Read again on SIGHUP; a file that cannot
+    /// be used is refused then, and the old keys stay.
+    #[arg(long, env = "API_KEY_FILE", value_name = "FILE")]
+    pub(super) api_key_file: Option<PathBuf>,
     /// Origins that browsers may call from (default: any).
     #[arg(long, env = "CORS_ALLOW_ORIGIN", value_delimiter = ',')]
     pub(super) cors_allow_origin: Vec<String>,

@@ -53,10 +53,11 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
         listener.with_context(|| format!("cannot listen on {}:{port}", args.hostname))
     };
     let http = bind(args.port).await?;
-    let grpc = match args.grpc_port {
-        Some(port) => Some(bind(port).await?),
-        None => None,
+    let other = async |port: Option<u16>| match port {
+        Some(port) => bind(port).await.map(Some),
+        None => Ok(None),
     };
+    let (grpc, admin) = (other(args.grpc_port).await?, other(args.prometheus_port).await?);
     let died = Arc::new(AtomicBool::new(false));
     let noted = Arc::clone(&died);
     let watched = state.clone();
@@ -69,11 +70,12 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     let reloaded = state.clone();
     let reloading = tokio::spawn(async move {
         while hangup.recv().await.is_some() {
-            // What was refused has been told in log and metrics, and the old model goes on serving.
+            // What was refused has been told in log and metrics, and the old keys and models go on serving.
+            reloaded.reload_credentials().await;
             reloaded.reload(None).await.ok();
         }
     });
-    serve(Listeners { http, grpc }, state, shutdown, Duration::from_secs(args.shutdown_grace)).await?;
+    serve(Listeners { http, grpc, admin }, state, shutdown, Duration::from_secs(args.shutdown_grace)).await?;
     reloading.abort();
     Ok(died.load(Ordering::Relaxed))
 }
@@ -87,6 +89,7 @@ fn server_config(args: &ServeArgs) -> ServerConfig {
     let n_threads = NonZeroUsize::new(players::n_threads(&args.model));
     ServerConfig {
         api_keys: args.api_key.iter().cloned().collect(),
+        api_key_file: args.api_key_file.clone(),
         cors_allow_origin: args.cors_allow_origin.clone(),
         payload_limit: args.payload_limit,
         max_body_bytes: defaults.max_body_bytes.max(args.payload_limit),

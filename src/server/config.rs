@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::model::{HeadConfig, Pooling};
@@ -58,8 +59,10 @@ pub struct ServedModel {
 /// Settings of the service. The defaults are Text Embeddings Inference's where it has the setting.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
-    /// Keys that clients may use; none means that no key is needed.
+    /// Keys that clients may use; without any, and without a file, no key is needed.
     pub api_keys: Vec<String>,
+    /// A file of further keys, one a line.
+    pub api_key_file: Option<PathBuf>,
     /// Origins that browsers may call from; none means any.
     pub cors_allow_origin: Vec<String>,
     /// Largest request body in bytes.
@@ -84,6 +87,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             api_keys: Vec::new(),
+            api_key_file: None,
             cors_allow_origin: Vec::new(),
             payload_limit: 2_000_000,
             max_client_batch_size: 32,
@@ -132,6 +136,9 @@ pub enum ConfigError {
     /// A key that cannot be sent in a header.
     #[error("an API key must be made of visible ASCII characters")]
     Key,
+    /// A file of keys that cannot be used.
+    #[error(transparent)]
+    KeyFile(#[from] super::keys::KeyFileError),
     /// The longest input would fit no batch, and may not be cut.
     #[error(
         "the longest input of {max_input_tokens} tokens fits no batch of {max_batch_tokens}, and inputs are not cut"

@@ -70,6 +70,16 @@ pub(crate) fn around(router: Router, state: &AppState) -> Router {
     router.layer(layers)
 }
 
+/// The layers of the port for administration: no browsers; the text of metrics is long.
+pub(crate) fn around_admin(router: Router, state: &AppState) -> Router {
+    let layers = ServiceBuilder::new()
+        .layer(from_fn_with_state(state.clone(), front))
+        .layer(from_fn_with_state(state.clone(), guard))
+        .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(1024)))
+        .layer(CatchPanicLayer::custom(|_| ServerError::Internal.into_response()));
+    router.layer(layers)
+}
+
 /// The layers of gRPC: neither browsers nor gzip.
 pub(crate) fn around_grpc(router: Router, state: &AppState) -> Router {
     let layers = ServiceBuilder::new()
@@ -223,14 +233,14 @@ fn has_key(app: &AppState, headers: &HeaderMap) -> bool {
         scheme.eq_ignore_ascii_case(b"Bearer ").then(|| key.trim_ascii())
     });
     let key = bearer.or_else(|| headers.get(API_KEY).map(HeaderValue::as_bytes));
-    key.is_some_and(|key| app.accepts(key))
+    key.is_some_and(|key| app.keys.accept(key))
 }
 
 /// Lets in who has the key, and work only while the service is ready.
 async fn guard(State(app): State<AppState>, request: Request, next: Next) -> Response {
     let route = request.extensions().get::<Arrival>().map_or(Route::Other, |arrival| arrival.route);
     // What changes the service is never open to everyone.
-    let locked = needs_key(route, request.method()) && (route == Route::Reload || !app.config.api_keys.is_empty());
+    let locked = needs_key(route, request.method()) && (route == Route::Reload || app.keys.are_set());
     if locked && !has_key(&app, request.headers()) {
         return refuse(request, ServerError::Unauthorized).await;
     }

@@ -12,6 +12,7 @@ pub mod error;
 mod extract;
 pub mod grpc;
 mod inputs;
+mod keys;
 mod layers;
 mod models;
 mod numbers;
@@ -24,8 +25,9 @@ mod shutdown;
 mod state;
 
 pub use config::{ConfigError, ServedModel, ServerConfig, Task};
+pub use keys::KeyFileError;
 pub use models::ModelParts;
-pub use router::router;
+pub use router::{admin_router, public_router, router};
 pub use serve::{Listeners, serve};
 pub use shutdown::termination;
 pub use state::{AppState, Loader, Phase, Readiness};

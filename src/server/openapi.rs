@@ -68,6 +68,14 @@ pub fn document() -> utoipa::openapi::OpenApi {
     Document::openapi()
 }
 
+/// The document of a port without metrics and administration.
+#[must_use]
+pub fn public_document() -> utoipa::openapi::OpenApi {
+    let mut document = document();
+    document.paths.paths.retain(|path, _| !matches!(Route::matched(path), Route::Metrics | Route::Reload));
+    document
+}
+
 struct Failures;
 
 impl Modify for Failures {

@@ -1,6 +1,7 @@
 //! The service on a socket: connections, and the end of them.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use tracing::{debug, warn};
 
 use super::connection::{Activity, WriteTimeout, service};
 use super::grpc::grpc_router;
-use super::router::router;
+use super::router::{admin_router, public_router, router};
 use super::state::AppState;
 use crate::telemetry::events;
 
@@ -33,11 +34,13 @@ pub struct Listeners {
     pub http: TcpListener,
     /// For gRPC.
     pub grpc: Option<TcpListener>,
+    /// For metrics and administration, which `http` then does not have.
+    pub admin: Option<TcpListener>,
 }
 
 impl From<TcpListener> for Listeners {
     fn from(http: TcpListener) -> Self {
-        Self { http, grpc: None }
+        Self { http, grpc: None, admin: None }
     }
 }
 
@@ -53,26 +56,31 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> io::Result<()> {
-    let Listeners { http, grpc } = listeners.into();
+    let Listeners { http, grpc, admin } = listeners.into();
     let grpc = match grpc {
         Some(listener) => Some((listener.local_addr()?, grpc_router(state.clone()), listener)),
+        None => None,
+    };
+    let admin = match admin {
+        Some(listener) => Some((listener.local_addr()?, admin_router(state.clone()), listener)),
         None => None,
     };
     let address = http.local_addr()?;
     let connections = Connections::new(&state);
     state.readiness().set_ready();
-    events::ready(state.metrics(), address, grpc.as_ref().map(|(address, ..)| *address));
+    let other = |port: &Option<(SocketAddr, Router, TcpListener)>| port.as_ref().map(|(address, ..)| *address);
+    events::ready(state.metrics(), address, other(&grpc), other(&admin));
     let start;
     let end;
     {
-        let app = router(state.clone());
+        let app = if admin.is_some() { public_router(state.clone()) } else { router(state.clone()) };
         let mut accepting = pin!(async {
-            let of_grpc = async {
-                if let Some((_, app, listener)) = &grpc {
+            let accept = async |port: &Option<(SocketAddr, Router, TcpListener)>| {
+                if let Some((_, app, listener)) = port {
                     connections.accept(listener, app).await;
                 }
             };
-            tokio::join!(connections.accept(&http, &app), of_grpc);
+            tokio::join!(connections.accept(&http, &app), accept(&grpc), accept(&admin));
         });
         tokio::select! {
             () = accepting.as_mut() => {}
@@ -89,7 +97,7 @@ pub async fn serve(
             () = sleep_until(end) => {}
         }
     }
-    drop((http, grpc));
+    drop((http, grpc, admin));
     // All that was accepted has been handed in by now, or has run out of time.
     let models = state.models.all();
     models.iter().for_each(|model| model.engine.close());

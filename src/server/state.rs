@@ -4,15 +4,15 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use axum::http::HeaderValue;
-use subtle::ConstantTimeEq;
 use tokio::sync::{Mutex, Notify, Semaphore};
 use tokio::time::Instant;
 
 use super::api;
 use super::config::{ConfigError, ServerConfig};
 use super::error::ServerError;
+use super::keys::{ApiKeys, is_key};
 use super::models::{Model, ModelParts, Models};
-use crate::telemetry::{Metrics, events};
+use crate::telemetry::{Credential, Metrics, events};
 
 /// Where the service is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +119,7 @@ pub struct Shared {
     /// In KiB, of bodies over the small size.
     pub(crate) body_memory: Arc<Semaphore>,
     pub(crate) cors_origins: Vec<HeaderValue>,
+    pub(crate) keys: ApiKeys,
     loader: OnceLock<Loader>,
     /// Held while models are loaded anew: one after the other.
     reloading: Mutex<()>,
@@ -144,7 +145,7 @@ impl AppState {
     ///
     /// # Errors
     /// [`ConfigError`] naming the setting that cannot be.
-    pub fn new(config: ServerConfig, models: Vec<ModelParts>, metrics: Arc<Metrics>) -> Result<Self, ConfigError> {
+    pub fn new(mut config: ServerConfig, models: Vec<ModelParts>, metrics: Arc<Metrics>) -> Result<Self, ConfigError> {
         for (name, got, least, most) in [
             ("payload_limit", config.payload_limit, 1, u32::MAX as usize),
             ("max_client_batch_size", config.max_client_batch_size, 1, api::MAX_ITEMS),
@@ -154,9 +155,12 @@ impl AppState {
                 return Err(ConfigError::Range { name, got, least, most });
             }
         }
-        if config.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic())) {
+        // Taken out of the settings, so that nothing that shows them shows a key.
+        let api_keys = std::mem::take(&mut config.api_keys);
+        if !api_keys.iter().all(|key| is_key(key.as_bytes())) {
             return Err(ConfigError::Key);
         }
+        let keys = ApiKeys::open(&api_keys, config.api_key_file.as_deref())?;
         let origin = |origin: &String| {
             let header = HeaderValue::from_str(origin).ok().filter(|_| origin == "*" || origin.contains("://"));
             header.ok_or_else(|| ConfigError::Origin { origin: origin.clone() })
@@ -173,6 +177,7 @@ impl AppState {
             readiness: Readiness(AtomicU8::new(0)),
             work: Arc::default(),
             cors_origins,
+            keys,
             loader: OnceLock::new(),
             reloading: Mutex::new(()),
         })))
@@ -242,9 +247,16 @@ impl AppState {
         Model::new(&self.config, parts, &self.metrics).map_err(|error| error.to_string())
     }
 
-    /// Whether `key` is one of the keys. The time taken does not tell how much of a key of the right length was right.
-    pub(crate) fn accepts(&self, key: &[u8]) -> bool {
-        let equal = self.config.api_keys.iter().map(|known| known.as_bytes().ct_eq(key));
-        equal.fold(subtle::Choice::from(0), |any, one| any | one).into()
+    /// Reads the file of API keys again, if there is one. If it cannot be used, log and metrics tell, and the old keys
+    /// stay.
+    pub async fn reload_credentials(&self) {
+        let state = self.clone();
+        let reading = tokio::task::spawn_blocking(move || match state.keys.reload() {
+            Ok(None) => {}
+            Ok(Some(n_keys)) => events::keys_reloaded(&state.metrics, n_keys),
+            Err(error) => events::credential_refused(&state.metrics, Credential::ApiKeys, &error),
+        });
+        // Nothing in it panics; if it did, the old keys would stay.
+        reading.await.ok();
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
-use super::{ExpiryStage, Metrics, ModelInfo, RejectReason, Route, Stage};
+use super::{Credential, ExpiryStage, Metrics, ModelInfo, RejectReason, Route, Stage};
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
@@ -161,13 +161,23 @@ pub fn reload_refused(metrics: &Metrics, model: &str, reason: &str) {
     error!(model, reason, "reload refused");
 }
 
-/// The service takes requests at `address`, and those of gRPC at `grpc`.
-pub fn ready(metrics: &Metrics, address: SocketAddr, grpc: Option<SocketAddr>) {
+/// The file of API keys was read again.
+pub fn keys_reloaded(metrics: &Metrics, n_keys: usize) {
+    metrics.count_credential(Credential::ApiKeys, true);
+    info!(n_keys, "API keys reloaded");
+}
+
+/// A file of keys, or a certificate, was not taken; the old one stays.
+pub fn credential_refused(metrics: &Metrics, credential: Credential, reason: &dyn std::fmt::Display) {
+    metrics.count_credential(credential, false);
+    error!(%credential, %reason, "reload refused");
+}
+
+/// The service takes requests at `address`, those of gRPC at `grpc`; metrics and administration are at `admin`, or at
+/// `address` if they have no port of their own.
+pub fn ready(metrics: &Metrics, address: SocketAddr, grpc: Option<SocketAddr>, admin: Option<SocketAddr>) {
     metrics.set_ready(true);
-    match grpc {
-        Some(grpc) => info!(%address, %grpc, "ready"),
-        None => info!(%address, "ready"),
-    }
+    info!(%address, grpc = grpc.map(tracing::field::display), admin = admin.map(tracing::field::display), "ready");
 }
 
 /// No new work is taken; what was admitted is finished within `grace`.

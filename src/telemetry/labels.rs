@@ -229,6 +229,16 @@ labels! {
 }
 
 labels! {
+    /// What is read again while the service runs, besides models.
+    Credential {
+        /// The file of API keys.
+        ApiKeys => "api_keys",
+        /// The certificate and its key.
+        Certificate => "certificate",
+    }
+}
+
+labels! {
     /// What memory is held for.
     MemoryKind {
         /// Weights, shared by all workers.

@@ -13,8 +13,8 @@ use prometheus::{
     TextEncoder,
 };
 
-use super::labels::{ExpiryStage, MemoryKind, RejectReason, Route, Stage};
-use super::models::{ModelCounters, ModelSeries, QueueReading};
+use super::labels::{Credential, ExpiryStage, MemoryKind, RejectReason, Route, Stage};
+use super::models::{ModelCounters, ModelSeries, QueueReading, RELOAD_RESULTS};
 use super::{allocator, process};
 
 /// 100 µs to 52 s, each the double of the one before: a short text takes half a millisecond, a long batch on a small
@@ -85,6 +85,7 @@ pub struct Metrics {
     selfcheck_drift: Gauge,
     ready: IntGauge,
     models: ModelSeries,
+    credential_reloads: Vec<[IntCounter; 2]>,
     build_info: IntGaugeVec,
     model_load: Gauge,
 }
@@ -176,6 +177,14 @@ impl Metrics {
             .real_gauge("niwaki_cgroup_memory_limit_bytes", "Memory limit of the control group, +Inf without one.");
         let limit = process::memory_limit();
         cgroup_memory_limit.set(limit.map_or(f64::INFINITY, |bytes| bytes as f64));
+        let credential_reloads = register.counters(
+            "niwaki_credential_reloads_total",
+            "Attempts to read API keys or a certificate again, by result.",
+            &["credential", "result"],
+        );
+        let credential_reloads = Credential::ALL.iter().map(|credential| {
+            RELOAD_RESULTS.map(|result| credential_reloads.with_label_values(&[credential.label(), result]))
+        });
         // No padding anywhere: the series is there to be looked at, and nothing can add to it.
         register.counter("niwaki_batch_padding_tokens_total", "Tokens computed only to fill a batch; zero by design.");
         let metrics = Self {
@@ -255,6 +264,7 @@ impl Metrics {
                     ),
                 ],
             ),
+            credential_reloads: credential_reloads.collect(),
             build_info: register.gauges(
                 "niwaki_build_info",
                 "Version and instruction set in use; always 1.",
@@ -352,7 +362,11 @@ impl Metrics {
     }
 
     pub(super) fn count_reload(&self, model: &str, swapped: bool) {
-        self.models.reloads.with_label_values(&[model, super::models::RELOAD_RESULTS[usize::from(!swapped)]]).inc();
+        self.models.reloads.with_label_values(&[model, RELOAD_RESULTS[usize::from(!swapped)]]).inc();
+    }
+
+    pub(super) fn count_credential(&self, credential: Credential, swapped: bool) {
+        self.credential_reloads[credential as usize][usize::from(!swapped)].inc();
     }
 
     pub(super) fn set_ready(&self, ready: bool) {
@@ -456,7 +470,14 @@ impl Metrics {
     #[must_use]
     pub fn reloads(&self, model: &str) -> (u64, u64) {
         let count = |result| self.models.reloads.with_label_values(&[model, result]).get();
-        (count(super::models::RELOAD_RESULTS[0]), count(super::models::RELOAD_RESULTS[1]))
+        (count(RELOAD_RESULTS[0]), count(RELOAD_RESULTS[1]))
+    }
+
+    /// Attempts to read `credential` again so far: swapped, and refused.
+    #[must_use]
+    pub fn credential_reloads(&self, credential: Credential) -> (u64, u64) {
+        let [swapped, refused] = &self.credential_reloads[credential as usize];
+        (swapped.get(), refused.get())
     }
 
     /// Sequences and tokens that `model` has computed so far.

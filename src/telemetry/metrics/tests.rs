@@ -104,7 +104,7 @@ fn events_reach_their_series() {
     metrics.model_counters("m").batch(2, 30);
     let model = ModelInfo { model: "a \"b\"".to_owned(), ..ModelInfo::default() };
     events::model_loaded(&metrics, &model, ms(80));
-    events::ready(&metrics, ([127, 0, 0, 1], 1).into(), None);
+    events::ready(&metrics, ([127, 0, 0, 1], 1).into(), None, None);
     let reading = |depth, tokens| Some(QueueReading { depth, tokens, capacity: 1000, inputs: 64 });
     metrics.queue_source("m", move || reading(4, 99));
     metrics.queue_source("n", move || reading(1, 1));

@@ -1,0 +1,9 @@
+//! Who may ask what, where, and how much of it: keys, ports, TLS, limits of connections.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod service;
+
+#[path = "security/keys.rs"]
+mod keys;
+#[path = "security/ports.rs"]
+mod ports;
