@@ -11,6 +11,7 @@ mod half;
 mod isa;
 pub mod layout;
 pub mod peak;
+mod place;
 pub mod reference;
 pub mod threads;
 

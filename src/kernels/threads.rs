@@ -12,7 +12,7 @@
 //!
 //! A helper spins for `SPIN` after a loop, because the loops of one forward follow each other within microseconds
 //! and waking a parked thread costs some 40 µs, then parks. A loop never waits for a helper that has not started: the
-//! assignment is taken back.
+//! assignment is taken back. A helper is kept off the processor of the thread that it helps (`Place`).
 #![allow(unsafe_code, reason = "a loop's body is lent to other threads, and slices are cut into disjoint parts")]
 
 use std::any::Any;
@@ -24,6 +24,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
+
+use super::place::{self, Place};
 
 /// How long a helper without work spins before it parks.
 const SPIN: Duration = Duration::from_micros(60);
@@ -60,6 +62,7 @@ struct Helper {
     job: AtomicPtr<Job>,
     lane: AtomicUsize,
     thread: OnceLock<Thread>,
+    place: Place,
 }
 
 /// One parallel loop; lives on the stack of the thread that runs it.
@@ -90,6 +93,7 @@ impl Cores {
             job: AtomicPtr::new(std::ptr::null_mut()),
             lane: AtomicUsize::new(0),
             thread: OnceLock::new(),
+            place: Place::default(),
         });
         let shared = Arc::new(Shared {
             n_cores,
@@ -227,6 +231,7 @@ struct Team<'a> {
 impl<'a> Team<'a> {
     fn gather(shared: &'a Shared, job: &'a Job, permits: usize) -> Self {
         let mut team = Self { shared, job, permits, assigned: [(0, 0); MAX_TEAM], n_assigned: 0 };
+        let here = place::processor();
         for (index, helper) in shared.helpers.iter().enumerate() {
             if team.n_assigned == permits {
                 break;
@@ -238,6 +243,7 @@ impl<'a> Team<'a> {
             {
                 continue;
             }
+            helper.place.keep_off(here);
             job.pending.fetch_add(1, SeqCst);
             helper.job.store(std::ptr::from_ref(job).cast_mut(), SeqCst);
             helper.lane.store(team.n_assigned + 1, SeqCst);
@@ -326,6 +332,7 @@ impl Shared {
     /// The life of helper `index`.
     fn help(&self, index: usize) {
         let helper = &self.helpers[index];
+        helper.place.settle();
         let mut idle_since = Instant::now();
         let mut spins = 0u32;
         loop {
