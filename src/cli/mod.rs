@@ -17,6 +17,7 @@ mod serve;
 mod subject;
 mod tasks;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -41,7 +42,8 @@ pub fn run() -> ExitCode {
         // A closed pipe is the reader's way to say that it has enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("niwaki: {error:#}");
+            // Where nobody can be told, the exit code still can.
+            drop(writeln!(std::io::stderr(), "niwaki: {error:#}"));
             ExitCode::from(2)
         }
     }

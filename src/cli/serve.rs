@@ -48,8 +48,7 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     let ended = termination().context("signal handlers")?;
     let mut hangup = signal(SignalKind::hangup()).context("signal handlers")?;
     let bind = async |port: u16| {
-        let address = (args.hostname.as_str(), port);
-        let listener = tokio::net::TcpListener::bind(address).await;
+        let listener = crate::server::bind(&args.hostname, port).await;
         listener.with_context(|| format!("cannot listen on {}:{port}", args.hostname))
     };
     let http = bind(args.port).await?;

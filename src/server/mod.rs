@@ -14,6 +14,7 @@ pub mod grpc;
 mod inputs;
 mod keys;
 mod layers;
+mod listen;
 mod models;
 mod numbers;
 pub mod openapi;
@@ -26,6 +27,7 @@ mod state;
 
 pub use config::{ConfigError, ServedModel, ServerConfig, Task};
 pub use keys::KeyFileError;
+pub use listen::bind;
 pub use models::ModelParts;
 pub use router::{admin_router, public_router, router};
 pub use serve::{Listeners, serve};

@@ -59,7 +59,8 @@ where
         .with_default_directive(LevelFilter::INFO.into())
         .parse(level.to_ascii_lowercase())
         .map_err(|source| SubscriberError::Level { level: level.to_owned(), source })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
+    // A log that cannot be written (a full disk) is nothing to end for, and the complaint would go the same way.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).log_internal_errors(false);
     Ok(match format {
         LogFormat::Text => Box::new(builder.with_ansi(ansi).finish()),
         LogFormat::Json => Box::new(builder.json().flatten_event(true).with_current_span(false).finish()),

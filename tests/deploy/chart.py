@@ -65,7 +65,7 @@ everything = merge(monitoring, {
                 "tls": [{"hosts": ["e.example"], "secretName": "tls"}]},
     "auth": {"existingSecret": "keys"},
     "model": {"id": "sentence-transformers/all-MiniLM-L6-v2", "tokenSecret": "hub", "cacheClaim": "models"},
-    "server": {"maxQueueTokens": 1000000, "maxConcurrentRequests": 64, "defaultTimeoutMs": 0, "extraArgs": ["--cors-allow-origin=https://a.example"],
+    "server": {"grpcPort": 8081, "maxQueueTokens": 1000000, "maxConcurrentRequests": 64, "defaultTimeoutMs": 0, "extraArgs": ["--cors-allow-origin=https://a.example"],
                "extraEnv": [{"name": "HF_ENDPOINT", "value": "https://hub.example"}]},
     "image": {"repository": "registry.example/niwaki", "digest": "sha256:" + "0" * 64},
     "imagePullSecrets": [{"name": "pull"}],
@@ -140,6 +140,8 @@ def wrong_values_are_refused():
         {"model": {"artefactPath": "/absolute"}},
         {"model": {"id": "a/b", "artefactClaim": "c"}},
         {"server": {"port": 70000}},
+        {"server": {"grpcPort": 0}},
+        {"server": {"grpcPort": 3000}},
         {"server": {"shutdownGraceSeconds": 0}},
         {"server": {"maxQueueTokens": 0}},
         {"server": {"extraArgs": ["serve"]}},
@@ -190,6 +192,18 @@ def pods_can_do_nothing_but_serve():
     assert documents()["NetworkPolicy"]["spec"]["egress"] == [], "the model inside the image needs nobody"
     ports = [rule["ports"] for rule in documents({"model": {"id": "a/b"}})["NetworkPolicy"]["spec"]["egress"]]
     assert [[port["port"] for port in rule] for rule in ports] == [[53, 53, 443]]
+
+
+@check
+def grpc_has_its_port_everywhere_or_nowhere():
+    assert "grpc" not in yaml.safe_dump(documents()).lower()
+    found = documents({"server": {"grpcPort": 8081}, "service": {"grpcPort": 9000}})
+    container = found["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    assert "--grpc-port=8081" in container["args"]
+    assert {"name": "grpc", "containerPort": 8081, "protocol": "TCP"} in container["ports"]
+    ports = {port["name"]: port for port in found["Service"]["spec"]["ports"]}
+    assert (ports["grpc"]["port"], ports["grpc"]["targetPort"]) == (9000, "grpc")
+    assert {port["port"] for port in found["NetworkPolicy"]["spec"]["ingress"][0]["ports"]} == {"http", "grpc"}
 
 
 @check

@@ -29,8 +29,20 @@ class Closed(Exception):
         self.partial = partial
 
 
+def unchunked(data, at):
+    """The body that is sent in chunks from `at` on."""
+    body = bytearray()
+    while True:
+        end = data.index(b"\r\n", at)
+        size = int(data[at:end], 16)
+        if size == 0:
+            return bytes(body)
+        body += data[end + 2 : end + 2 + size]
+        at = end + 2 + size + 2
+
+
 class Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection, one request at a time. Every answer of the server carries a length."""
+    """One HTTP/1.1 connection, one request at a time."""
 
     def __init__(self):
         self.data, self.waiting, self.lost, self.head = bytearray(), None, False, None
@@ -51,10 +63,12 @@ class Connection(asyncio.Protocol):
                 return
             lines = self.data[:end].decode().split("\r\n")
             headers = dict(line.split(": ", 1) for line in lines[1:])
-            self.head = int(lines[0].split()[1]), headers, end + 4 + int(headers["content-length"])
-        status, headers, length = self.head
-        if len(self.data) >= length:
-            body = bytes(self.data[len(self.data) - int(headers["content-length"]) :])
+            length = int(headers["content-length"]) if "content-length" in headers else None
+            self.head = int(lines[0].split()[1]), headers, end + 4, length
+        status, headers, start, length = self.head
+        complete = len(self.data) >= start + length if length is not None else self.data.endswith(b"\r\n0\r\n\r\n")
+        if complete:
+            body = bytes(self.data[start:]) if length is not None else unchunked(self.data, start)
             self.data, self.head = bytearray(), None
             if headers.get("connection") == "close":
                 self.lost = True

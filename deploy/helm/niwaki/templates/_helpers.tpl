@@ -47,6 +47,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "niwaki.args" -}}
 - serve
 - --port={{ .Values.server.port }}
+{{- with .Values.server.grpcPort }}
+- --grpc-port={{ . }}
+{{- end }}
 - --shutdown-grace={{ .Values.server.shutdownGraceSeconds }}
 - --json-output={{ .Values.server.jsonOutput }}
 {{- with .Values.model.id }}
