@@ -42,7 +42,7 @@ async fn serving(change: impl FnOnce(&mut Setup)) -> Serving {
         // Also ends when the test drops its end.
         stopped.await.ok();
     };
-    let listeners = Listeners { http, grpc: Some(grpc) };
+    let listeners = Listeners { http, grpc: Some(grpc), admin: None };
     let ended = tokio::spawn(serve(listeners, service.state.clone(), shutdown, Duration::from_secs(5)));
     Serving { service, channel: endpoint.connect().await.unwrap(), stop: Some(stop), ended }
 }
