@@ -3,7 +3,13 @@
 
 mod service;
 
+#[path = "security/http2.rs"]
+mod http2;
 #[path = "security/keys.rs"]
 mod keys;
+#[path = "security/limits.rs"]
+mod limits;
 #[path = "security/ports.rs"]
 mod ports;
+#[path = "security/tls.rs"]
+mod tls;

@@ -177,6 +177,20 @@ pub(super) struct ServeArgs {
     /// be used is refused then, and the old keys stay.
     #[arg(long, env = "API_KEY_FILE", value_name = "FILE")]
     pub(super) api_key_file: Option<PathBuf>,
+    /// Certificate for TLS on all ports, followed by those that lead to its authority; PEM. Read again on SIGHUP, together
+    /// with its key; a pair that cannot be used is refused then, and the old one stays.
+    #[arg(long, env = "TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub(super) tls_cert: Option<PathBuf>,
+    /// Private key of --tls-cert; PEM (PKCS #8, PKCS #1 or SEC 1).
+    #[arg(long, env = "TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub(super) tls_key: Option<PathBuf>,
+    /// Connections of each port at once; more get 429 for work and answers to probes, and far more none (default: three
+    /// quarters of the files that may be open, at most 16384).
+    #[arg(long, env = "MAX_CONNECTIONS")]
+    pub(super) max_connections: Option<std::num::NonZeroUsize>,
+    /// Largest head of a request in bytes; more gets 431.
+    #[arg(long, env = "MAX_HEADER_SIZE", value_name = "BYTES", default_value_t = 32_768)]
+    pub(super) max_header_size: usize,
     /// Origins that browsers may call from (default: any).
     #[arg(long, env = "CORS_ALLOW_ORIGIN", value_delimiter = ',')]
     pub(super) cors_allow_origin: Vec<String>,
@@ -377,4 +391,8 @@ pub(super) struct HealthArgs {
     /// Port of the server.
     #[arg(short, long, env = "PORT", default_value_t = 3000)]
     pub(super) port: u16,
+    /// Speak TLS; so does a TLS_CERT in the environment, which is how a container tells its server. As other probes do,
+    /// this one asks its own machine and does not check whom the certificate is for.
+    #[arg(long)]
+    pub(super) tls: bool,
 }

@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::ServeArgs;
 use super::players;
-use crate::server::{AppState, Listeners, ServerConfig, serve, termination};
+use crate::server::{AppState, Listeners, ServerConfig, TlsFiles, serve, termination};
 use crate::telemetry::{Metrics, subscriber};
 use load::Models;
 
@@ -69,7 +69,7 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     let reloaded = state.clone();
     let reloading = tokio::spawn(async move {
         while hangup.recv().await.is_some() {
-            // What was refused has been told in log and metrics, and the old keys and models go on serving.
+            // What was refused has been told in log and metrics, and the old keys, certificates and models go on serving.
             reloaded.reload_credentials().await;
             reloaded.reload(None).await.ok();
         }
@@ -83,12 +83,22 @@ fn timeout(args: &ServeArgs) -> Option<Duration> {
     (args.default_timeout_ms > 0).then(|| Duration::from_millis(args.default_timeout_ms))
 }
 
+/// Three quarters of the files that may be open, so that models, logs and downloads have theirs.
+fn default_connections() -> usize {
+    let n_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let n_files = n_files.map_or(usize::MAX, |n_files| usize::try_from(n_files).unwrap_or(usize::MAX));
+    (n_files / 4 * 3).clamp(1, ServerConfig::default().max_connections)
+}
+
 fn server_config(args: &ServeArgs) -> ServerConfig {
     let defaults = ServerConfig::default();
     let n_threads = NonZeroUsize::new(players::n_threads(&args.model));
     ServerConfig {
         api_keys: args.api_key.iter().cloned().collect(),
         api_key_file: args.api_key_file.clone(),
+        tls: args.tls_cert.clone().zip(args.tls_key.clone()).map(|(cert, key)| TlsFiles { cert, key }),
+        max_connections: args.max_connections.map_or_else(default_connections, NonZeroUsize::get),
+        max_head_bytes: args.max_header_size,
         cors_allow_origin: args.cors_allow_origin.clone(),
         payload_limit: args.payload_limit,
         max_body_bytes: defaults.max_body_bytes.max(args.payload_limit),

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::tls::TlsFiles;
 use crate::model::{HeadConfig, Pooling};
 
 /// What a model is for.
@@ -63,6 +64,8 @@ pub struct ServerConfig {
     pub api_keys: Vec<String>,
     /// A file of further keys, one a line.
     pub api_key_file: Option<PathBuf>,
+    /// Certificate and key; without them no TLS is spoken.
+    pub tls: Option<TlsFiles>,
     /// Origins that browsers may call from; none means any.
     pub cors_allow_origin: Vec<String>,
     /// Largest request body in bytes.
@@ -75,9 +78,15 @@ pub struct ServerConfig {
     pub default_timeout: Option<Duration>,
     /// Threads that tokenize, for each model.
     pub tokenization_workers: NonZeroUsize,
+    /// Connections of each port at once.
+    pub max_connections: usize,
+    /// Bytes of a request's head.
+    pub max_head_bytes: usize,
+    /// Time a TLS handshake may take.
+    pub handshake_timeout: Duration,
     /// Time a request's head may take to arrive, and a connection may be idle.
     pub head_timeout: Duration,
-    /// Time a request's body may take to arrive.
+    /// Time a request's body may take to arrive, and a client may take nothing of its answer.
     pub body_timeout: Duration,
     /// Bytes of request bodies over 64 KiB that may be held at once.
     pub max_body_bytes: usize,
@@ -88,12 +97,16 @@ impl Default for ServerConfig {
         Self {
             api_keys: Vec::new(),
             api_key_file: None,
+            tls: None,
             cors_allow_origin: Vec::new(),
             payload_limit: 2_000_000,
             max_client_batch_size: 32,
             auto_truncate: true,
             default_timeout: None,
             tokenization_workers: NonZeroUsize::MIN,
+            max_connections: 16_384,
+            max_head_bytes: 32 * 1024,
+            handshake_timeout: Duration::from_secs(10),
             // Longer than load balancers keep idle connections (60 s is common), so that they close first.
             head_timeout: Duration::from_secs(75),
             body_timeout: Duration::from_secs(30),
@@ -139,6 +152,9 @@ pub enum ConfigError {
     /// A file of keys that cannot be used.
     #[error(transparent)]
     KeyFile(#[from] super::keys::KeyFileError),
+    /// A certificate or key that cannot be used.
+    #[error(transparent)]
+    Tls(#[from] super::tls::TlsError),
     /// The longest input would fit no batch, and may not be cut.
     #[error(
         "the longest input of {max_input_tokens} tokens fits no batch of {max_batch_tokens}, and inputs are not cut"

@@ -1,10 +1,11 @@
 //! A connection's stream and service, watched: what is it at, and does its client take what is sent?
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -15,15 +16,22 @@ use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::service::{Service as _, service_fn};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 /// What a connection is at.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     /// Requests whose answer has not been handed to the connection in full.
     n_requests: AtomicUsize,
+    /// Requests so far.
+    n_begun: AtomicU64,
     /// Whether bytes wait for the client to take them.
     writing: AtomicBool,
+    /// Whether they waited for too long.
+    given_up: AtomicBool,
+    /// Answers that the connection could take more of, by request, and since when it has not: a client of HTTP/2 that
+    /// gives no leave to send holds an answer up while the connection itself is free.
+    held: Mutex<BTreeMap<u64, Instant>>,
 }
 
 impl Activity {
@@ -37,27 +45,75 @@ impl Activity {
             n_looks = if at_work { 0 } else { n_looks + 1 };
         }
     }
+
+    /// Resolves when there has been no request for `limit`, and at the latest after twice that time.
+    pub(crate) async fn idle(&self, limit: Duration) {
+        loop {
+            let n_begun = self.n_begun.load(Ordering::Relaxed);
+            sleep(limit).await;
+            let none = self.n_requests.load(Ordering::Relaxed) == 0;
+            if none && self.n_begun.load(Ordering::Relaxed) == n_begun {
+                return;
+            }
+        }
+    }
+
+    /// Resolves when an answer has been held up for `limit` by a client that takes nothing of it, and at the latest after
+    /// one and a half that time.
+    pub(crate) async fn stalled(&self, limit: Duration) {
+        loop {
+            sleep(limit / 2).await;
+            if self.held().values().min().is_some_and(|since| since.elapsed() >= limit) {
+                return;
+            }
+        }
+    }
+
+    /// Whether the client took nothing for too long.
+    pub(crate) fn was_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeMap<u64, Instant>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-struct Active(Arc<Activity>);
+/// A request on a connection, until its answer has been handed over or given up.
+struct Active {
+    activity: Arc<Activity>,
+    id: u64,
+}
 
 impl Active {
     fn new(activity: &Arc<Activity>) -> Self {
         activity.n_requests.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(activity))
+        let id = activity.n_begun.fetch_add(1, Ordering::Relaxed);
+        Self { activity: Arc::clone(activity), id }
+    }
+
+    /// Whether it is for the client to take more.
+    fn set_held(&self, held: bool) {
+        let mut all = self.activity.held();
+        if held {
+            all.insert(self.id, Instant::now());
+        } else {
+            all.remove(&self.id);
+        }
     }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.0.n_requests.fetch_sub(1, Ordering::Relaxed);
+        self.set_held(false);
+        self.activity.n_requests.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// A body that keeps its request active.
 pub(crate) struct ActiveBody {
     body: Body,
-    _active: Active,
+    active: Active,
 }
 
 impl hyper::body::Body for ActiveBody {
@@ -68,7 +124,13 @@ impl hyper::body::Body for ActiveBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        // Asked for more, so the client takes it; from what is given now on, it is the client's turn again.
+        self.active.set_held(false);
+        let polled = Pin::new(&mut self.body).poll_frame(context);
+        if matches!(polled, Poll::Ready(Some(_))) {
+            self.active.set_held(true);
+        }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -80,10 +142,15 @@ impl hyper::body::Body for ActiveBody {
     }
 }
 
+/// Marks the requests of a connection that is one too many.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Crowded;
+
 /// The router as a service of one connection.
 pub(crate) fn service(
     app: Router,
     activity: Arc<Activity>,
+    crowded: bool,
 ) -> impl hyper::service::HttpService<
     Incoming,
     ResBody = ActiveBody,
@@ -91,10 +158,17 @@ pub(crate) fn service(
     Future: Future<Output = Result<Response<ActiveBody>, Infallible>> + Send,
 > {
     let app = TowerToHyperService::new(app);
-    service_fn(move |request: Request<Incoming>| {
+    service_fn(move |mut request: Request<Incoming>| {
+        if crowded {
+            request.extensions_mut().insert(Crowded);
+        }
         let active = Active::new(&activity);
         let answering = app.call(request);
-        async move { Ok(answering.await?.map(|body| ActiveBody { body, _active: active })) }
+        async move {
+            let response = answering.await?;
+            active.set_held(true);
+            Ok(response.map(|body| ActiveBody { body, active }))
+        }
     })
 }
 
@@ -129,6 +203,7 @@ impl<S: AsyncWrite + Unpin> WriteTimeout<S> {
         let limit = self.limit;
         let waiting = self.waiting.get_or_insert_with(|| Box::pin(sleep(limit)));
         ready!(waiting.as_mut().poll(context));
+        self.activity.given_up.store(true, Ordering::Relaxed);
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -175,6 +250,44 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_idle_without_requests_and_stalled_by_one() {
+        let activity = Arc::new(Activity::default());
+        let limit = Duration::from_secs(10);
+        let start = Instant::now();
+        activity.idle(limit).await;
+        assert_eq!(start.elapsed(), limit);
+        // A request in between, and one that goes on.
+        let watching = Arc::clone(&activity);
+        let idle = tokio::spawn(async move { watching.idle(limit).await });
+        sleep(Duration::from_secs(5)).await;
+        drop(Active::new(&activity));
+        sleep(Duration::from_secs(9)).await;
+        let long = Active::new(&activity);
+        sleep(Duration::from_secs(30)).await;
+        assert!(!idle.is_finished());
+        drop(long);
+        idle.await.unwrap();
+        // The client takes a part every nine seconds, then none.
+        let start = Instant::now();
+        let watching = Arc::clone(&activity);
+        let stalled = tokio::spawn(async move { watching.stalled(limit).await });
+        let answer = Active::new(&activity);
+        for _ in 0..5 {
+            answer.set_held(true);
+            sleep(Duration::from_secs(9)).await;
+            answer.set_held(false);
+        }
+        // What the service takes its time for is not the client's fault.
+        sleep(Duration::from_secs(60)).await;
+        assert!(!stalled.is_finished());
+        answer.set_held(true);
+        stalled.await.unwrap();
+        assert!((115..=120).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        drop(answer);
+        assert!(activity.held().is_empty());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_reader_that_takes_nothing_is_given_up() {

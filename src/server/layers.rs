@@ -25,6 +25,7 @@ use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 use uuid::Uuid;
 
 use super::compute::TIMING_HEADERS;
+use super::connection::Crowded;
 use super::error::{Dialect, ServerError, Unwritten};
 use super::extract;
 use super::grpc;
@@ -247,6 +248,9 @@ async fn guard(State(app): State<AppState>, request: Request, next: Next) -> Res
     if !is_work(route, request.method()) {
         return next.run(request).await;
     }
+    if request.extensions().get::<Crowded>().is_some() {
+        return refuse(request, ServerError::Crowded).await;
+    }
     let _work = app.work.begin();
     match app.readiness.phase() {
         Phase::Ready => next.run(request).await,
@@ -394,6 +398,8 @@ mod tests {
         range(new(&|config, _| config.max_client_batch_size = 0), "max_client_batch_size");
         range(new(&|config, _| config.max_client_batch_size = 1 << 20), "max_client_batch_size");
         range(new(&|config, _| config.max_body_bytes = 10), "max_body_bytes");
+        range(new(&|config, _| config.max_connections = 0), "max_connections");
+        range(new(&|config, _| config.max_head_bytes = 100), "max_head_bytes");
         range(new(&|_, model| model.max_input_tokens = 0), "max_input_tokens");
         assert!(matches!(new(&|config, _| config.api_keys = vec![String::new()]), Err(ConfigError::Key)));
         assert!(matches!(new(&|config, _| config.api_keys = vec!["a b".to_owned()]), Err(ConfigError::Key)));

@@ -12,6 +12,7 @@ use super::config::{ConfigError, ServerConfig};
 use super::error::ServerError;
 use super::keys::{ApiKeys, is_key};
 use super::models::{Model, ModelParts, Models};
+use super::tls::Tls;
 use crate::telemetry::{Credential, Metrics, events};
 
 /// Where the service is in its life.
@@ -120,6 +121,7 @@ pub struct Shared {
     pub(crate) body_memory: Arc<Semaphore>,
     pub(crate) cors_origins: Vec<HeaderValue>,
     pub(crate) keys: ApiKeys,
+    pub(crate) tls: Option<Tls>,
     loader: OnceLock<Loader>,
     /// Held while models are loaded anew: one after the other.
     reloading: Mutex<()>,
@@ -149,6 +151,9 @@ impl AppState {
         for (name, got, least, most) in [
             ("payload_limit", config.payload_limit, 1, u32::MAX as usize),
             ("max_client_batch_size", config.max_client_batch_size, 1, api::MAX_ITEMS),
+            ("max_connections", config.max_connections, 1, Semaphore::MAX_PERMITS),
+            // Less is less than hyper reads at once.
+            ("max_head_bytes", config.max_head_bytes, 8192, 1 << 20),
             ("max_body_bytes", config.max_body_bytes, config.payload_limit, u32::MAX as usize),
         ] {
             if !(least..=most).contains(&got) {
@@ -161,6 +166,8 @@ impl AppState {
             return Err(ConfigError::Key);
         }
         let keys = ApiKeys::open(&api_keys, config.api_key_file.as_deref())?;
+        let tls = config.tls.clone().map(Tls::open).transpose()?;
+        metrics.set_connection_limit(config.max_connections);
         let origin = |origin: &String| {
             let header = HeaderValue::from_str(origin).ok().filter(|_| origin == "*" || origin.contains("://"));
             header.ok_or_else(|| ConfigError::Origin { origin: origin.clone() })
@@ -178,6 +185,7 @@ impl AppState {
             work: Arc::default(),
             cors_origins,
             keys,
+            tls,
             loader: OnceLock::new(),
             reloading: Mutex::new(()),
         })))
@@ -247,14 +255,21 @@ impl AppState {
         Model::new(&self.config, parts, &self.metrics).map_err(|error| error.to_string())
     }
 
-    /// Reads the file of API keys again, if there is one. If it cannot be used, log and metrics tell, and the old keys
-    /// stay.
+    /// Reads the file of API keys and the certificate again, as far as there are any. What cannot be used is told in log
+    /// and metrics, and the old one stays.
     pub async fn reload_credentials(&self) {
         let state = self.clone();
-        let reading = tokio::task::spawn_blocking(move || match state.keys.reload() {
-            Ok(None) => {}
-            Ok(Some(n_keys)) => events::keys_reloaded(&state.metrics, n_keys),
-            Err(error) => events::credential_refused(&state.metrics, Credential::ApiKeys, &error),
+        let reading = tokio::task::spawn_blocking(move || {
+            match state.keys.reload() {
+                Ok(None) => {}
+                Ok(Some(n_keys)) => events::keys_reloaded(&state.metrics, n_keys),
+                Err(error) => events::credential_refused(&state.metrics, Credential::ApiKeys, &error),
+            }
+            match state.tls.as_ref().map(Tls::reload) {
+                None => {}
+                Some(Ok(())) => events::certificate_reloaded(&state.metrics),
+                Some(Err(error)) => events::credential_refused(&state.metrics, Credential::Certificate, &error),
+            }
         });
         // Nothing in it panics; if it did, the old keys would stay.
         reading.await.ok();

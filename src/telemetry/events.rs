@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
-use super::{Credential, ExpiryStage, Metrics, ModelInfo, RejectReason, Route, Stage};
+use super::{Credential, Dropped, ExpiryStage, Metrics, ModelInfo, RejectReason, Route, Stage};
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
@@ -165,6 +165,18 @@ pub fn reload_refused(metrics: &Metrics, model: &str, reason: &str) {
 pub fn keys_reloaded(metrics: &Metrics, n_keys: usize) {
     metrics.count_credential(Credential::ApiKeys, true);
     info!(n_keys, "API keys reloaded");
+}
+
+/// The certificate and its key were read again; connections that begin now use them.
+pub fn certificate_reloaded(metrics: &Metrics) {
+    metrics.count_credential(Credential::Certificate, true);
+    info!("certificate reloaded");
+}
+
+/// A connection was ended, or not let in. Said per connection, so that only `debug` shows it.
+pub fn connection_dropped(metrics: &Metrics, reason: Dropped) {
+    metrics.count_dropped(reason);
+    debug!(%reason, "connection dropped");
 }
 
 /// A file of keys, or a certificate, was not taken; the old one stays.

@@ -201,6 +201,8 @@ labels! {
         Deadline => "deadline",
         /// The bytes set aside for requests are taken.
         Memory => "memory",
+        /// The connection was one too many.
+        Connections => "connections",
         /// The process is stopping.
         Draining => "draining",
         /// Body too large, or not readable as JSON.
@@ -225,6 +227,34 @@ labels! {
         Queue => "queue",
         /// While a part of it was computed, or after.
         Infer => "infer",
+    }
+}
+
+labels! {
+    /// A port of the service.
+    Port {
+        /// HTTP with JSON.
+        Http => "http",
+        /// gRPC.
+        Grpc => "grpc",
+        /// Metrics and administration.
+        Admin => "admin",
+    }
+}
+
+labels! {
+    /// Why a connection was ended, or not let in.
+    Dropped {
+        /// TLS could not be agreed on, or not in time.
+        Handshake => "handshake",
+        /// No request's head came in time; idle connections of HTTP/1 end so too.
+        HeadTimeout => "head_timeout",
+        /// A request's head was too large.
+        HeadSize => "head_size",
+        /// The client took nothing of its answer for too long.
+        SlowReader => "slow_reader",
+        /// There were too many.
+        Limit => "limit",
     }
 }
 

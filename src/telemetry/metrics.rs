@@ -13,7 +13,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use super::labels::{Credential, ExpiryStage, MemoryKind, RejectReason, Route, Stage};
+use super::labels::{Credential, Dropped, ExpiryStage, MemoryKind, Port, RejectReason, Route, Stage};
 use super::models::{ModelCounters, ModelSeries, QueueReading, RELOAD_RESULTS};
 use super::{allocator, process};
 
@@ -64,6 +64,9 @@ pub struct Metrics {
     request_duration: Vec<Histogram>,
     stage_duration: Vec<Histogram>,
     requests_in_flight: IntGauge,
+    connections: Vec<IntGauge>,
+    connection_limit: IntGauge,
+    dropped: Vec<IntCounter>,
     queue_depth: IntGauge,
     queue_tokens: IntGauge,
     queue_capacity: IntGauge,
@@ -168,6 +171,12 @@ impl Metrics {
             "Requests whose deadline passed, by the stage they were in.",
             &["stage"],
         );
+        let connections = register.gauges("niwaki_connections", "Connections open now, by port.", &["port"]);
+        let dropped = register.counters(
+            "niwaki_connections_dropped_total",
+            "Connections ended or not let in by a limit of the server, by reason.",
+            &["reason"],
+        );
         let memory = register.gauges(
             "niwaki_memory_bytes",
             "Memory held, by what for; rss is the process's, the others are parts or views of it.",
@@ -203,6 +212,9 @@ impl Metrics {
                 Stage::ALL.iter().map(|stage| stage.label()),
             ),
             requests_in_flight: register.gauge("niwaki_requests_in_flight", "Requests being answered now."),
+            connections: Port::ALL.iter().map(|port| connections.with_label_values(&[port.label()])).collect(),
+            connection_limit: register.gauge("niwaki_connection_limit", "Connections that a port may have at once."),
+            dropped: Dropped::ALL.iter().map(|reason| dropped.with_label_values(&[reason.label()])).collect(),
             queue_depth: register.gauge("niwaki_queue_depth", "Sequences that wait for a worker."),
             queue_tokens: register.gauge("niwaki_queue_tokens", "Tokens of the sequences that wait for a worker."),
             queue_capacity: register
@@ -319,8 +331,18 @@ impl Metrics {
     /// Counts a request as in flight until the guard is dropped.
     #[must_use]
     pub fn in_flight(&self) -> InFlight {
-        self.requests_in_flight.inc();
-        InFlight(self.requests_in_flight.clone())
+        InFlight::new(&self.requests_in_flight)
+    }
+
+    /// Counts a connection as open until the guard is dropped.
+    #[must_use]
+    pub fn connection(&self, port: Port) -> InFlight {
+        InFlight::new(&self.connections[port as usize])
+    }
+
+    /// How many connections a port may have.
+    pub fn set_connection_limit(&self, n_connections: usize) {
+        self.connection_limit.set(gauge_value(n_connections as u64));
     }
 
     /// Has a model's queue read at each [`Metrics::render`], until `read` gives `None`.
@@ -393,6 +415,10 @@ impl Metrics {
         self.expired[stage as usize].inc();
     }
 
+    pub(super) fn count_dropped(&self, reason: Dropped) {
+        self.dropped[reason as usize].inc();
+    }
+
     pub(super) fn count_cancelled(&self) {
         self.cancelled.inc();
     }
@@ -426,6 +452,18 @@ impl Metrics {
     #[must_use]
     pub fn rejections(&self, reason: RejectReason) -> u64 {
         self.rejected[reason as usize].get()
+    }
+
+    /// Connections open at `port` now.
+    #[must_use]
+    pub fn connections(&self, port: Port) -> i64 {
+        self.connections[port as usize].get()
+    }
+
+    /// Connections ended for `reason` so far.
+    #[must_use]
+    pub fn dropped(&self, reason: Dropped) -> u64 {
+        self.dropped[reason as usize].get()
     }
 
     /// Requests that expired in `stage` so far.
@@ -500,9 +538,16 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// A request in flight; counted until dropped.
+/// A request in flight, or an open connection; counted until dropped.
 #[derive(Debug)]
 pub struct InFlight(IntGauge);
+
+impl InFlight {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {

@@ -12,6 +12,6 @@ mod models;
 pub mod process;
 pub mod subscriber;
 
-pub use labels::{Credential, ExpiryStage, MemoryKind, RejectReason, Route, Stage};
+pub use labels::{Credential, Dropped, ExpiryStage, MemoryKind, Port, RejectReason, Route, Stage};
 pub use metrics::{InFlight, Metrics, ModelInfo};
 pub use models::{ModelCounters, QueueReading};

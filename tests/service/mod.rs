@@ -22,7 +22,7 @@ use niwaki::server::{AppState, ModelParts, ServedModel, ServerConfig, Task, rout
 use niwaki::telemetry::Metrics;
 use niwaki::text::Tokenizer;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tower::ServiceExt;
@@ -402,15 +402,24 @@ impl Serving {
     }
 }
 
+/// A connection's two directions.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
 /// One connection, spoken to by hand: every byte is under the test's control.
 pub(crate) struct Client {
-    stream: TcpStream,
+    stream: Box<dyn Stream>,
     buffer: Vec<u8>,
 }
 
 impl Client {
     pub(crate) async fn connect(address: SocketAddr) -> std::io::Result<Self> {
-        Ok(Self { stream: TcpStream::connect(address).await?, buffer: Vec::new() })
+        Ok(Self::over(TcpStream::connect(address).await?))
+    }
+
+    pub(crate) fn over(stream: impl Stream + 'static) -> Self {
+        Self { stream: Box::new(stream), buffer: Vec::new() }
     }
 
     pub(crate) async fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
@@ -443,6 +452,21 @@ impl Client {
     /// Bytes have come that no answer has taken.
     pub(crate) fn has_part(&self) -> bool {
         !self.buffer.is_empty()
+    }
+
+    /// Whether `text` has come and no answer has taken it.
+    pub(crate) fn has(&self, text: &str) -> bool {
+        self.buffer.windows(text.len()).any(|part| part == text.as_bytes())
+    }
+
+    /// Whether the server has sent something, or has closed the connection, within a millisecond.
+    pub(crate) async fn has_more(&mut self) -> bool {
+        tokio::time::timeout(Duration::from_millis(1), self.more()).await.is_ok()
+    }
+
+    /// Takes one byte from the connection, if one comes.
+    pub(crate) async fn read_byte(&mut self) {
+        self.stream.read_exact(&mut [0]).await.ok();
     }
 
     async fn more(&mut self) -> std::io::Result<()> {

@@ -25,23 +25,28 @@ impl Drop for Process {
     }
 }
 
-fn serve(arguments: &[&str]) -> Command {
+fn serve(level: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_niwaki"));
     command
         .args(["serve", "--hostname", "127.0.0.1", "--port", "0", "--threads", "1", "--json-output"])
         .args(arguments)
-        .env("LOG_LEVEL", "info");
+        .env("LOG_LEVEL", level);
     command
 }
 
 /// What a server says that does not start.
 pub(crate) fn refused(arguments: &[&str]) -> Output {
-    serve(arguments).output().unwrap()
+    serve("info", arguments).output().unwrap()
 }
 
 impl Process {
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let mut child = serve(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        Self::start_at("info", arguments)
+    }
+
+    /// With a log of another level.
+    pub(crate) fn start_at(level: &str, arguments: &[&str]) -> Self {
+        let mut child = serve(level, arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log = Arc::new(Mutex::new(Vec::new()));
         let ready = loop {

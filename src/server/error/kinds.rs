@@ -36,6 +36,9 @@ pub enum ServerError {
     /// The bodies being read take all memory that is set aside for them.
     #[error("too many large requests at once")]
     BodyMemory,
+    /// The connection is one too many.
+    #[error("too many connections")]
+    Crowded,
     /// The body does not say that it is JSON.
     #[error("expected a request with `content-type: application/json`")]
     MediaType,
@@ -204,7 +207,7 @@ impl ServerError {
             Self::Text(TextError::File(_) | TextError::Thread(_)) | Self::Internal => ErrorClass::Internal,
             // A text that makes the tokenizer panic is a text it cannot handle.
             Self::Pool(PoolError::Panicked) => ErrorClass::Tokenizer,
-            Self::Pool(PoolError::Full { .. }) | Self::BodyMemory => ErrorClass::Overloaded,
+            Self::Pool(PoolError::Full { .. }) | Self::BodyMemory | Self::Crowded => ErrorClass::Overloaded,
             Self::Deadline { .. } => ErrorClass::Deadline,
             Self::Draining { .. } | Self::Loading | Self::Unhealthy => ErrorClass::Unavailable,
             Self::Engine(error) => match error {
@@ -252,7 +255,7 @@ impl ServerError {
             Self::NoSuchModel => "model_not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::Text(_) | Self::Pool(PoolError::Panicked) => "tokenizer_error",
-            Self::Pool(PoolError::Full { .. }) | Self::BodyMemory => "overloaded",
+            Self::Pool(PoolError::Full { .. }) | Self::BodyMemory | Self::Crowded => "overloaded",
             Self::Deadline { .. } => "deadline_exceeded",
             Self::Draining { .. } => "draining",
             Self::Loading => "loading",
@@ -293,7 +296,7 @@ impl ServerError {
         match self {
             Self::Engine(EngineError::Overloaded { retry_after, .. } | EngineError::Draining { retry_after })
             | Self::Draining { retry_after } => Some(*retry_after),
-            Self::Pool(PoolError::Full { .. }) | Self::BodyMemory | Self::Loading => Some(SOON),
+            Self::Pool(PoolError::Full { .. }) | Self::BodyMemory | Self::Crowded | Self::Loading => Some(SOON),
             _ => None,
         }
     }
@@ -321,6 +324,7 @@ impl ServerError {
             Self::Unauthorized => Some(RejectReason::Auth),
             Self::Pool(PoolError::Full { .. }) => Some(RejectReason::Overload),
             Self::BodyMemory => Some(RejectReason::Memory),
+            Self::Crowded => Some(RejectReason::Connections),
             Self::Draining { .. } => Some(RejectReason::Draining),
             // The engine counts its own, and a deadline is an event of its own.
             Self::Engine(_) | Self::Deadline { .. } => None,

@@ -1,15 +1,18 @@
 //! The four kinds of gRPC calls, from messages in to messages out.
 
+use std::pin::Pin;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::http::HeaderMap;
 use axum::response::Response;
+use hyper::body::Frame;
 use prost::Message;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codec::Streaming;
 use tonic::server::Grpc;
@@ -86,6 +89,43 @@ fn respond(response: axum::http::Response<tonic::body::Body>) -> Response {
     response.map(Body::new)
 }
 
+/// A body that fails when it has not ended in time. (A stream of messages has no such time: its client may have nothing to
+/// ask for hours. That it is there at all is what the connection's pings find out.)
+struct TimedBody {
+    body: Body,
+    app: AppState,
+    limit: Pin<Box<Sleep>>,
+}
+
+impl TimedBody {
+    fn of(app: &AppState, request: Request) -> Request {
+        let app = app.clone();
+        let limit = Box::pin(sleep(app.config.body_timeout));
+        request.map(|body| Body::new(Self { body, app, limit }))
+    }
+}
+
+impl hyper::body::Body for TimedBody {
+    type Data = Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
+            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        }
+        ready!(self.limit.as_mut().poll(context));
+        let error = ServerError::BodyTimeout { limit: self.app.config.body_timeout };
+        Poll::Ready(Some(Err(failed(&self.app, &error).into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}
+
 /// A message in, a message out.
 pub(super) async fn unary<Req, Res, F, Fut>(app: AppState, request: Request, answer: F) -> Response
 where
@@ -108,7 +148,7 @@ where
             }
         }
     });
-    respond(codec::<Req, Res>(&app).unary(service, request).await)
+    respond(codec::<Req, Res>(&app).unary(service, TimedBody::of(&app, request)).await)
 }
 
 /// Ends a message's work when its stream is left.
@@ -211,7 +251,7 @@ where
         let answers = answer(of_call.clone(), message.into_inner());
         async move { Ok::<_, Status>(GrpcResponse::new(ReceiverStream::new(answers))) }
     });
-    respond(codec::<Req, Res>(&app).server_streaming(service, request).await)
+    respond(codec::<Req, Res>(&app).server_streaming(service, TimedBody::of(&app, request)).await)
 }
 
 #[cfg(test)]
