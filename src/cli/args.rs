@@ -200,7 +200,21 @@ pub(super) struct ServeArgs {
     /// Seconds that requests in flight have to finish after SIGTERM.
     #[arg(long, env = "SHUTDOWN_GRACE", value_name = "SECONDS", default_value_t = 30)]
     pub(super) shutdown_grace: u64,
-    /// Log as JSON lines.
+    /// Collector of OpenTelemetry traces, by OTLP over gRPC without TLS, such as http://localhost:4317. Requests for work
+    /// then give a span, and one for each stage; a client's `traceparent` is honoured. A collector that cannot be reached
+    /// holds nothing up. (`OTEL_RESOURCE_ATTRIBUTES` and `OTEL_EXPORTER_OTLP_HEADERS` are read too.)
+    #[arg(long, env = "OTLP_ENDPOINT", value_name = "URL")]
+    pub(super) otlp_endpoint: Option<String>,
+    /// Name of the service in traces.
+    #[arg(long, env = "OTLP_SERVICE_NAME", default_value = "niwaki")]
+    pub(super) otlp_service_name: String,
+    /// Share of the traces to sample that begin here, 0 to 1; of those that a client began, the client decides.
+    #[arg(long, env = "OTLP_SAMPLE_RATIO", value_name = "SHARE", default_value_t = 1.0, value_parser = super::parse::ratio)]
+    pub(super) otlp_sample_ratio: f64,
+    /// Log requests that take longer, with their ids, their trace and the time of each stage; 0 means none.
+    #[arg(long, env = "SLOW_REQUEST_MS", value_name = "MS", default_value_t = 0)]
+    pub(super) slow_request_ms: u64,
+    /// Log as JSON lines. Events that concern a request carry its id and that of its trace; no text of a user is logged.
     #[arg(long, env = "JSON_OUTPUT", default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub(super) json_output: bool,
 }

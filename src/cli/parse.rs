@@ -26,6 +26,14 @@ pub(super) fn attention(text: &str) -> Result<Band, String> {
     text.parse().map_err(|error: BandError| error.to_string())
 }
 
+/// A share of anything.
+pub(super) fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err(format!("`{text}` is not a share between 0 and 1")),
+    }
+}
+
 /// A share that can be removed.
 pub(super) fn share(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

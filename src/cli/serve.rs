@@ -14,8 +14,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::args::ServeArgs;
 use super::players;
 use crate::server::{AppState, Listeners, ServerConfig, TlsFiles, serve, termination};
-use crate::telemetry::{Metrics, subscriber};
+use crate::telemetry::{Metrics, TraceConfig, Tracer, subscriber};
 use load::Models;
+
+/// How long the last spans may take to reach their collector.
+const TRACE_GRACE: Duration = Duration::from_secs(2);
 
 pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let format = if args.json_output { subscriber::LogFormat::Json } else { subscriber::LogFormat::Text };
@@ -46,6 +49,14 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
 /// Serves until a signal comes or a worker dies; tells whether one died.
 async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     let ended = termination().context("signal handlers")?;
+    if let Some(endpoint) = &args.otlp_endpoint {
+        let config = TraceConfig {
+            endpoint: endpoint.clone(),
+            service_name: args.otlp_service_name.clone(),
+            sample_ratio: args.otlp_sample_ratio,
+        };
+        state.set_tracer(Tracer::start(&config, state.metrics())?);
+    }
     let mut hangup = signal(SignalKind::hangup()).context("signal handlers")?;
     let bind = async |port: u16| {
         let listener = crate::server::bind(&args.hostname, port).await;
@@ -66,7 +77,7 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
             () = watched.died() => noted.store(true, Ordering::Relaxed),
         }
     };
-    let reloaded = state.clone();
+    let (reloaded, ending) = (state.clone(), state.clone());
     let reloading = tokio::spawn(async move {
         while hangup.recv().await.is_some() {
             // What was refused has been told in log and metrics, and the old keys, certificates and models go on serving.
@@ -76,6 +87,7 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     });
     serve(Listeners { http, grpc, admin }, state, shutdown, Duration::from_secs(args.shutdown_grace)).await?;
     reloading.abort();
+    ending.close_tracer(TRACE_GRACE).await;
     Ok(died.load(Ordering::Relaxed))
 }
 
@@ -105,6 +117,7 @@ fn server_config(args: &ServeArgs) -> ServerConfig {
         max_client_batch_size: args.max_client_batch_size,
         auto_truncate: args.auto_truncate,
         default_timeout: timeout(args),
+        slow_request: (args.slow_request_ms > 0).then(|| Duration::from_millis(args.slow_request_ms)),
         tokenization_workers: args.tokenization_workers.or(n_threads).unwrap_or(NonZeroUsize::MIN),
         ..defaults
     }

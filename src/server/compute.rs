@@ -11,6 +11,8 @@ use super::extract::{Clock, SMALL_BODY, Target, take_memory};
 use super::inputs::{Options, Piece, encode};
 use crate::engine::{Reply, Submission};
 use crate::model::Want;
+use crate::telemetry::Stage;
+use crate::telemetry::events::StageTimes;
 
 /// Text Embeddings Inference's headers, in the order of [`Timing::write`], and the standard one.
 pub(crate) const TIMING_HEADERS: [HeaderName; 9] = [
@@ -68,6 +70,8 @@ impl Timing {
 
     pub(crate) fn on(&self, mut response: Response) -> Response {
         self.write(response.headers_mut());
+        let Self { tokenize, queue, infer, n_tokens, .. } = *self;
+        response.extensions_mut().insert(StageTimes { tokenize, queue, infer, n_tokens });
         response
     }
 }
@@ -97,7 +101,7 @@ pub(crate) async fn compute(
     want: Want,
 ) -> Result<Computed, ServerError> {
     let Work { clock, body_memory, pieces, field } = work;
-    let encoded = encode(target, clock, pieces, options, field).await?;
+    let encoded = encode(target, &clock, pieces, options, field).await?;
     // The texts are gone by now.
     drop(body_memory);
     // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
@@ -109,6 +113,9 @@ pub(crate) async fn compute(
     let memory = if n_bytes > SMALL_BODY { Some(take_memory(&target.app, n_bytes)?) } else { None };
     let submission = Submission { sequences: encoded.sequences, want, deadline: clock.deadline };
     let reply = model.engine.submit(submission).await?;
+    let n_tokens = [("niwaki.tokens", encoded.n_tokens)];
+    clock.trace.stage(Stage::Queue, reply.infer, reply.queue, &[]);
+    clock.trace.stage(Stage::Infer, Duration::ZERO, reply.infer, &n_tokens);
     let timing = Timing {
         clock,
         n_chars: encoded.n_chars,

@@ -76,6 +76,8 @@ pub struct ServerConfig {
     pub auto_truncate: bool,
     /// Deadline of requests that name none, from their arrival.
     pub default_timeout: Option<Duration>,
+    /// Requests that take longer are told in the log, with their ids and stages.
+    pub slow_request: Option<Duration>,
     /// Threads that tokenize, for each model.
     pub tokenization_workers: NonZeroUsize,
     /// Connections of each port at once.
@@ -103,6 +105,7 @@ impl Default for ServerConfig {
             max_client_batch_size: 32,
             auto_truncate: true,
             default_timeout: None,
+            slow_request: None,
             tokenization_workers: NonZeroUsize::MIN,
             max_connections: 16_384,
             max_head_bytes: 32 * 1024,

@@ -17,7 +17,7 @@ use super::error::ServerError;
 use super::layers::{Arrival, MODEL, REQUEST_TIMEOUT};
 use super::models::Model;
 use super::state::AppState;
-use crate::telemetry::{ExpiryStage, events};
+use crate::telemetry::{ExpiryStage, Route, Trace, events};
 
 /// Bodies up to this size are parsed where they are read, which takes some 100 µs, and cost no share of the memory for
 /// bodies. Larger ones are parsed on the tokenizer's threads.
@@ -57,15 +57,19 @@ pub(crate) struct Call<T> {
     pub(crate) memory: Option<OwnedSemaphorePermit>,
 }
 
-/// When a request came and when its answer is no longer of use.
-#[derive(Debug, Clone, Copy)]
+/// When a request came, when its answer is no longer of use, and where its times are told.
+#[derive(Debug, Clone)]
 pub(crate) struct Clock {
     pub(crate) start: Instant,
     pub(crate) deadline: Option<Instant>,
+    /// Where the times of its stages are told.
+    pub(crate) trace: Trace,
 }
 
 impl Clock {
-    pub(crate) fn of(app: &AppState, start: Instant, headers: &HeaderMap) -> Result<Self, ServerError> {
+    pub(crate) fn of(app: &AppState, arrival: Option<&Arrival>, headers: &HeaderMap) -> Result<Self, ServerError> {
+        let start = arrival.map_or_else(Instant::now, |arrival| arrival.start);
+        let trace = arrival.map(|arrival| arrival.trace.clone()).unwrap_or_default();
         let timeout = match headers.get(REQUEST_TIMEOUT) {
             None => app.config.default_timeout,
             Some(value) => {
@@ -74,7 +78,7 @@ impl Clock {
                 Some(Duration::from_millis(millis.ok_or(ServerError::TimeoutHeader { limit: MAX_TIMEOUT_MS })?))
             }
         };
-        Ok(Self { start, deadline: timeout.and_then(|timeout| start.checked_add(timeout)) })
+        Ok(Self { start, deadline: timeout.and_then(|timeout| start.checked_add(timeout)), trace })
     }
 
     /// Waits for `work`, but not beyond the deadline.
@@ -132,13 +136,15 @@ impl FromRequest<AppState> for Received {
     type Rejection = ServerError;
 
     async fn from_request(request: Request, app: &AppState) -> Result<Self, ServerError> {
-        let start = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.start);
         let (head, body) = request.into_parts();
+        let arrival = head.extensions.get::<Arrival>();
+        // Clients of the Open Inference Protocol, Triton's among them, name a type only for what is not JSON.
+        let may_be_silent = arrival.is_some_and(|arrival| arrival.route == Route::Infer);
         let check = || {
-            if !is_json(&head.headers) {
+            if !is_json(&head.headers) && !(may_be_silent && !head.headers.contains_key(header::CONTENT_TYPE)) {
                 return Err(ServerError::MediaType);
             }
-            Ok((Clock::of(app, start, &head.headers)?, asked_model(&head.uri, &head.headers)?))
+            Ok((Clock::of(app, arrival, &head.headers)?, asked_model(&head.uri, &head.headers)?))
         };
         let (clock, asked) = match check() {
             Ok(checked) => checked,
@@ -148,7 +154,7 @@ impl FromRequest<AppState> for Received {
             }
         };
         let limit = app.config.body_timeout;
-        let last = start + limit;
+        let last = clock.start + limit;
         let end = clock.deadline.map_or(last, |deadline| deadline.min(last));
         let (bytes, memory) = match timeout_at(end, read(app, &head.headers, body)).await {
             Ok(read) => read?,

@@ -106,7 +106,7 @@ pub(crate) fn prompted<'a>(prompt: Option<&str>, text: &'a str) -> Cow<'a, str> 
 /// Runs `work` on the spot if it is about few bytes, else on the tokenizer's threads; counts its time.
 pub(crate) async fn tokenizing<T: Send + 'static>(
     target: &Target,
-    clock: Clock,
+    clock: &Clock,
     n_bytes: usize,
     work: impl FnOnce(&Target, &Tokenizer, &Wanted<'_>) -> Result<T, ServerError> + Send + 'static,
 ) -> Result<(T, Duration), ServerError> {
@@ -121,13 +121,14 @@ pub(crate) async fn tokenizing<T: Send + 'static>(
     }?;
     let took = start.elapsed();
     events::stage_passed(&target.app.metrics, Stage::Tokenize, took);
+    clock.trace.stage(Stage::Tokenize, Duration::ZERO, took, &[("niwaki.bytes", n_bytes)]);
     Ok((done, took))
 }
 
 /// Turns the inputs of a request into sequences.
 pub(crate) async fn encode(
     target: &Target,
-    clock: Clock,
+    clock: &Clock,
     pieces: Vec<Piece>,
     options: Options,
     field: &'static str,

@@ -22,6 +22,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::compute::TIMING_HEADERS;
@@ -30,11 +31,13 @@ use super::error::{Dialect, ServerError, Unwritten};
 use super::extract;
 use super::grpc;
 use super::state::{AppState, Phase};
-use crate::telemetry::events::ResponseStats;
-use crate::telemetry::{RejectReason, Route, events};
+use crate::telemetry::events::{ResponseStats, StageTimes};
+use crate::telemetry::{RejectReason, RequestSpan, Route, Trace, TraceHeaders, events};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 /// The model that a request is for, where its API has no field for it.
 pub(crate) const MODEL: HeaderName = HeaderName::from_static("x-model");
 pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -49,10 +52,11 @@ const GZIP_ABOVE: u64 = 32 * 1024;
 const DRAIN_RETRY: Duration = Duration::from_secs(1);
 
 /// What is known of a request on arrival.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Arrival {
     pub(crate) start: Instant,
     pub(crate) route: Route,
+    pub(crate) trace: Trace,
 }
 
 /// A request's id.
@@ -91,10 +95,18 @@ pub(crate) fn around_grpc(router: Router, state: &AppState) -> Router {
 }
 
 fn cors(origins: &[HeaderValue]) -> CorsLayer {
-    let exposed = TIMING_HEADERS.into_iter().chain([REQUEST_ID, header::RETRY_AFTER]);
+    let exposed = TIMING_HEADERS.into_iter().chain([REQUEST_ID, header::RETRY_AFTER, TRACEPARENT]);
     let layer = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, API_KEY, REQUEST_ID, REQUEST_TIMEOUT, MODEL])
+        .allow_headers([
+            header::CONTENT_TYPE,
+            header::AUTHORIZATION,
+            API_KEY,
+            REQUEST_ID,
+            REQUEST_TIMEOUT,
+            MODEL,
+            TRACEPARENT,
+        ])
         .expose_headers(exposed.collect::<Vec<_>>())
         .max_age(Duration::from_secs(3600));
     if origins.is_empty() { layer.allow_origin(Any) } else { layer.allow_origin(AllowOrigin::list(origins.to_vec())) }
@@ -110,28 +122,51 @@ fn route_of(request: &Request) -> Route {
 
 /// Times, names and counts every response, and writes the bodies of errors.
 async fn front(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
-    let arrival = Arrival { start: Instant::now(), route: route_of(&request) };
-    let dialect = Dialect::of(arrival.route, request.uri().path());
+    let (start, route) = (Instant::now(), route_of(&request));
+    let work = is_work(route, request.method());
+    let span = begin_span(&app, &request, route, work);
+    let dialect = Dialect::of(route, request.uri().path());
     let request_id = request_id(request.headers());
+    let trace_id = span.trace().id();
+    let said_in = events::request_span(request_id.to_str().unwrap_or_default(), trace_id.as_deref());
     let old_protocol = request.version() < Version::HTTP_2;
     let _in_flight = app.metrics.in_flight();
-    request.extensions_mut().insert(arrival);
+    request.extensions_mut().insert(Arrival { start, route, trace: span.trace().clone() });
     request.extensions_mut().insert(RequestId(request_id.to_str().unwrap_or_default().to_owned()));
-    let work = is_work(arrival.route, request.method());
-    let mut response = write_error(&app, next.run(request).await, dialect, work);
+    let answering = async { write_error(&app, next.run(request).await, dialect, work) };
+    let mut response = answering.instrument(said_in).await;
     // In HTTP/2 the connection is told to go away by a frame of its own.
     if old_protocol && app.readiness.phase() == Phase::Draining {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let stats = ResponseStats {
-        route: arrival.route,
+        route,
         code: if dialect == Dialect::Grpc { grpc::counted_code(&response) } else { response.status().as_u16() },
-        duration: arrival.start.elapsed(),
+        duration: start.elapsed(),
         request_id: request_id.to_str().unwrap_or_default(),
+        trace_id: trace_id.as_deref(),
     };
     events::response_sent(&app.metrics, &stats);
+    if work && app.config.slow_request.is_some_and(|limit| stats.duration >= limit) {
+        events::slow_request(&stats, response.extensions().get::<StageTimes>().copied());
+    }
+    if let Some(parent) = span.header().and_then(|parent| HeaderValue::try_from(parent).ok()) {
+        response.headers_mut().insert(TRACEPARENT, parent);
+    }
+    span.end(stats.code, stats.request_id);
     response.headers_mut().insert(REQUEST_ID, request_id);
     response
+}
+
+/// The span of a request for work; of probes and pages there are none.
+fn begin_span(app: &AppState, request: &Request, route: Route, work: bool) -> RequestSpan {
+    let text = |name: &HeaderName| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let headers = TraceHeaders { parent: text(&TRACEPARENT), state: text(&TRACESTATE) };
+    match app.tracer.get().filter(|_| work) {
+        // Work comes by one method only.
+        Some(tracer) => tracer.begin(headers, "POST", route),
+        None => RequestSpan::none(headers),
+    }
 }
 
 /// The client's id if it can be written to a log as it is, else a new one.

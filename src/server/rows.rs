@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use super::api::{EncodingFormat, OutputDtype};
 use super::numbers::Numbers;
-use crate::telemetry::{Metrics, Stage, events};
+use crate::telemetry::{Metrics, Stage, Trace, events};
 
 /// Numbers written in one go: at some 40 ns each, a third of a millisecond.
 const MAX_FLOATS_AT_ONCE: usize = 8192;
@@ -153,19 +153,27 @@ impl RowsWriter {
     }
 
     /// The answer. `memory` is held until it is written.
-    pub(crate) fn respond(mut self, metrics: &Arc<Metrics>, memory: Option<OwnedSemaphorePermit>) -> Response {
+    pub(crate) fn respond(
+        mut self,
+        metrics: &Arc<Metrics>,
+        trace: &Trace,
+        memory: Option<OwnedSemaphorePermit>,
+    ) -> Response {
         let n_floats = self.n_floats();
         let body = if n_floats <= MAX_FLOATS_AT_ONCE {
             let start = Instant::now();
             let mut out = Vec::with_capacity(n_floats * BYTES_PER_FLOAT + 64 * (self.rows.len() + 2));
             self.write(&mut out, usize::MAX);
-            events::stage_passed(metrics, Stage::Serialize, start.elapsed());
+            let spent = start.elapsed();
+            events::stage_passed(metrics, Stage::Serialize, spent);
+            trace.stage(Stage::Serialize, Duration::ZERO, spent, &[("niwaki.bytes", out.len())]);
             Body::from(out)
         } else {
             let metrics = Arc::clone(metrics);
             Body::new(RowsBody {
                 writer: self,
                 metrics,
+                trace: trace.clone(),
                 _memory: memory,
                 spent: Duration::ZERO,
                 ended: false,
@@ -179,6 +187,7 @@ impl RowsWriter {
 struct RowsBody {
     writer: RowsWriter,
     metrics: Arc<Metrics>,
+    trace: Trace,
     _memory: Option<OwnedSemaphorePermit>,
     spent: Duration,
     ended: bool,
@@ -208,6 +217,7 @@ impl hyper::body::Body for RowsBody {
         self.spent += start.elapsed();
         if self.ended {
             events::stage_passed(&self.metrics, Stage::Serialize, self.spent);
+            self.trace.stage(Stage::Serialize, Duration::ZERO, self.spent, &[]);
         }
         Poll::Ready(Some(Ok(Frame::data(out.into()))))
     }
@@ -282,9 +292,13 @@ mod tests {
     async fn large_answers_come_in_pieces_that_add_up() {
         use http_body_util::BodyExt;
         let metrics = Metrics::new();
-        let small = RowsWriter::new(rows(2, 384), Layout::Vectors).respond(&metrics, None);
+        let small = RowsWriter::new(rows(2, 384), Layout::Vectors).respond(&metrics, &Trace::default(), None);
         assert!(hyper::body::Body::size_hint(small.body()).exact().is_some());
-        let large = RowsWriter::new(rows(3, 20_000), Layout::TokenVectors { width: 100 }).respond(&metrics, None);
+        let large = RowsWriter::new(rows(3, 20_000), Layout::TokenVectors { width: 100 }).respond(
+            &metrics,
+            &Trace::default(),
+            None,
+        );
         assert!(hyper::body::Body::size_hint(large.body()).exact().is_none());
         let bytes = large.into_body().collect().await.unwrap().to_bytes();
         let back: Vec<Vec<Vec<f32>>> = serde_json::from_slice(&bytes).unwrap();

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use axum::http::HeaderValue;
 use tokio::sync::{Mutex, Notify, Semaphore};
@@ -13,7 +14,7 @@ use super::error::ServerError;
 use super::keys::{ApiKeys, is_key};
 use super::models::{Model, ModelParts, Models};
 use super::tls::Tls;
-use crate::telemetry::{Credential, Metrics, events};
+use crate::telemetry::{Credential, Metrics, Tracer, events};
 
 /// Where the service is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,6 +123,7 @@ pub struct Shared {
     pub(crate) cors_origins: Vec<HeaderValue>,
     pub(crate) keys: ApiKeys,
     pub(crate) tls: Option<Tls>,
+    pub(crate) tracer: OnceLock<Tracer>,
     loader: OnceLock<Loader>,
     /// Held while models are loaded anew: one after the other.
     reloading: Mutex<()>,
@@ -186,6 +188,7 @@ impl AppState {
             cors_origins,
             keys,
             tls,
+            tracer: OnceLock::new(),
             loader: OnceLock::new(),
             reloading: Mutex::new(()),
         })))
@@ -206,6 +209,18 @@ impl AppState {
     /// Resolves when a worker of a model in service has died: the process should end.
     pub async fn died(&self) {
         self.models.died().await;
+    }
+
+    /// Has spans made of requests from now on. Only the first call counts.
+    pub fn set_tracer(&self, tracer: Tracer) {
+        drop(self.tracer.set(tracer));
+    }
+
+    /// Sends the spans that are left, for at most `limit`.
+    pub async fn close_tracer(&self, limit: Duration) {
+        if let Some(tracer) = self.tracer.get() {
+            tracer.close(limit).await;
+        }
     }
 
     /// Says how models are loaded anew. Only the first call counts.

@@ -26,17 +26,56 @@ pub struct ResponseStats<'a> {
     pub duration: Duration,
     /// Id of the request, checked by the server.
     pub request_id: &'a str,
+    /// Id of its trace, if it has one.
+    pub trace_id: Option<&'a str>,
+}
+
+/// Where the time of an answered request went.
+#[derive(Debug, Clone, Copy)]
+pub struct StageTimes {
+    /// Text to ids.
+    pub tokenize: Duration,
+    /// Wait for a worker.
+    pub queue: Duration,
+    /// Forward pass.
+    pub infer: Duration,
+    /// Tokens of all inputs.
+    pub n_tokens: usize,
+}
+
+/// What events that concern a request are said in, so that they carry its ids.
+#[must_use]
+pub fn request_span(request_id: &str, trace_id: Option<&str>) -> tracing::Span {
+    tracing::error_span!("request", request_id, trace_id)
+}
+
+/// A response took longer than the operator cares to see.
+pub fn slow_request(stats: &ResponseStats<'_>, stages: Option<StageTimes>) {
+    let ResponseStats { route, code, duration, request_id, trace_id } = *stats;
+    let stage = |of: fn(&StageTimes) -> Duration| stages.as_ref().map(of).map(millis);
+    warn!(
+        %route,
+        code,
+        duration_ms = millis(duration),
+        tokenize_ms = stage(|stages| stages.tokenize),
+        queue_ms = stage(|stages| stages.queue),
+        infer_ms = stage(|stages| stages.infer),
+        n_tokens = stages.map(|stages| stages.n_tokens),
+        request_id,
+        trace_id,
+        "slow request"
+    );
 }
 
 /// A response was sent. Called once per response, whoever made it.
 pub fn response_sent(metrics: &Metrics, stats: &ResponseStats<'_>) {
-    let ResponseStats { route, code, duration, request_id } = *stats;
+    let ResponseStats { route, code, duration, request_id, trace_id } = *stats;
     metrics.count_response(route, code, duration);
     let duration_ms = millis(duration);
     if code >= 500 && code != 503 && code != 504 {
-        warn!(%route, code, duration_ms, request_id, "request failed");
+        warn!(%route, code, duration_ms, request_id, trace_id, "request failed");
     } else {
-        debug!(%route, code, duration_ms, request_id, "request answered");
+        debug!(%route, code, duration_ms, request_id, trace_id, "request answered");
     }
 }
 
@@ -159,6 +198,14 @@ pub fn reloaded(metrics: &Metrics, model: &str, sha: Option<&str>, took: Duratio
 pub fn reload_refused(metrics: &Metrics, model: &str, reason: &str) {
     metrics.count_reload(model, false);
     error!(model, reason, "reload refused");
+}
+
+/// Spans reach no collector for `reason`, or reach it again. Said when that changes, not for every batch.
+pub fn export_changed(reason: Option<&str>) {
+    match reason {
+        Some(reason) => warn!(reason, "spans reach no collector"),
+        None => info!("spans reach the collector"),
+    }
 }
 
 /// The file of API keys was read again.

@@ -259,6 +259,18 @@ labels! {
 }
 
 labels! {
+    /// What became of a span.
+    SpanResult {
+        /// A collector took it.
+        Exported => "exported",
+        /// No collector took its batch.
+        Failed => "failed",
+        /// It found the queue full.
+        Dropped => "dropped",
+    }
+}
+
+labels! {
     /// What is read again while the service runs, besides models.
     Credential {
         /// The file of API keys.

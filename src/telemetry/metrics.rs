@@ -13,7 +13,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use super::labels::{Credential, Dropped, ExpiryStage, MemoryKind, Port, RejectReason, Route, Stage};
+use super::labels::{Credential, Dropped, ExpiryStage, MemoryKind, Port, RejectReason, Route, SpanResult, Stage};
 use super::models::{ModelCounters, ModelSeries, QueueReading, RELOAD_RESULTS};
 use super::{allocator, process};
 
@@ -67,6 +67,7 @@ pub struct Metrics {
     connections: Vec<IntGauge>,
     connection_limit: IntGauge,
     dropped: Vec<IntCounter>,
+    spans: Vec<IntCounter>,
     queue_depth: IntGauge,
     queue_tokens: IntGauge,
     queue_capacity: IntGauge,
@@ -177,6 +178,7 @@ impl Metrics {
             "Connections ended or not let in by a limit of the server, by reason.",
             &["reason"],
         );
+        let spans = register.counters("niwaki_trace_spans_total", "Spans of sampled traces, by result.", &["result"]);
         let memory = register.gauges(
             "niwaki_memory_bytes",
             "Memory held, by what for; rss is the process's, the others are parts or views of it.",
@@ -215,6 +217,7 @@ impl Metrics {
             connections: Port::ALL.iter().map(|port| connections.with_label_values(&[port.label()])).collect(),
             connection_limit: register.gauge("niwaki_connection_limit", "Connections that a port may have at once."),
             dropped: Dropped::ALL.iter().map(|reason| dropped.with_label_values(&[reason.label()])).collect(),
+            spans: SpanResult::ALL.iter().map(|result| spans.with_label_values(&[result.label()])).collect(),
             queue_depth: register.gauge("niwaki_queue_depth", "Sequences that wait for a worker."),
             queue_tokens: register.gauge("niwaki_queue_tokens", "Tokens of the sequences that wait for a worker."),
             queue_capacity: register
@@ -419,6 +422,10 @@ impl Metrics {
         self.dropped[reason as usize].inc();
     }
 
+    pub(super) fn count_spans(&self, result: SpanResult, n_spans: u64) {
+        self.spans[result as usize].inc_by(n_spans);
+    }
+
     pub(super) fn count_cancelled(&self) {
         self.cancelled.inc();
     }
@@ -452,6 +459,12 @@ impl Metrics {
     #[must_use]
     pub fn rejections(&self, reason: RejectReason) -> u64 {
         self.rejected[reason as usize].get()
+    }
+
+    /// Spans with `result` so far.
+    #[must_use]
+    pub fn spans(&self, result: SpanResult) -> u64 {
+        self.spans[result as usize].get()
     }
 
     /// Connections open at `port` now.

@@ -6,12 +6,16 @@
 
 pub mod allocator;
 pub mod events;
+mod export;
 mod labels;
 mod metrics;
 mod models;
 pub mod process;
 pub mod subscriber;
+mod trace;
 
-pub use labels::{Credential, Dropped, ExpiryStage, MemoryKind, Port, RejectReason, Route, Stage};
+pub use export::ExportError;
+pub use labels::{Credential, Dropped, ExpiryStage, MemoryKind, Port, RejectReason, Route, SpanResult, Stage};
 pub use metrics::{InFlight, Metrics, ModelInfo};
 pub use models::{ModelCounters, QueueReading};
+pub use trace::{RequestSpan, Trace, TraceConfig, TraceHeaders, Tracer};

@@ -139,7 +139,8 @@ async fn provoke(route: Route, status: u16) -> (Service, Answer) {
         }
         415 => {
             let service = with(|_| {});
-            let answer = service.ask(Request::post(path).body(Body::from(body(route, "a").to_string())).unwrap()).await;
+            let request = Request::post(path).header("content-type", "text/plain");
+            let answer = service.ask(request.body(Body::from(body(route, "a").to_string())).unwrap()).await;
             (service, answer)
         }
         422 => {

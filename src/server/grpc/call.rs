@@ -22,7 +22,6 @@ use tonic_prost::ProstCodec;
 use super::failed;
 use crate::server::error::ServerError;
 use crate::server::extract::{Clock, Target, asked_model};
-use crate::server::layers::Arrival;
 use crate::server::state::AppState;
 
 /// Messages of a stream that are computed at once.
@@ -39,10 +38,9 @@ impl Context {
     fn of(app: &AppState, request: &Request) -> Result<Self, ServerError> {
         let headers = request.headers();
         let model = app.models.find(asked_model(request.uri(), headers)?.as_deref(), None)?;
-        let start = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.start);
-        let mut clock = Clock::of(app, start, headers)?;
+        let mut clock = Clock::of(app, request.extensions().get(), headers)?;
         if let Some(timeout) = grpc_timeout(headers)? {
-            clock.deadline = start.checked_add(timeout);
+            clock.deadline = clock.start.checked_add(timeout);
         }
         Ok(Self { target: Target { app: app.clone(), model }, clock })
     }
@@ -54,7 +52,7 @@ impl Context {
         let default = self.target.app.config.default_timeout;
         let deadline =
             if has_deadline { self.clock.deadline } else { default.and_then(|limit| start.checked_add(limit)) };
-        Self { target: self.target.clone(), clock: Clock { start, deadline } }
+        Self { target: self.target.clone(), clock: Clock { start, deadline, trace: self.clock.trace.clone() } }
     }
 }
 

@@ -61,7 +61,7 @@ fn metadata(timing: &Timing) -> Option<Metadata> {
 }
 
 async fn run(context: &Context, pieces: Vec<Piece>, options: Options, want: Want) -> Result<Computed, ServerError> {
-    let work = Work { clock: context.clock, body_memory: None, pieces, field: "inputs" };
+    let work = Work { clock: context.clock.clone(), body_memory: None, pieces, field: "inputs" };
     compute(&context.target, work, options, want).await
 }
 
@@ -191,7 +191,7 @@ pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result
     if inputs.is_empty() {
         return Err(ServerError::Empty { field: "inputs" });
     }
-    let (tokens, _) = tokenizing(&context.target, context.clock, inputs.len(), move |target, tokenizer, _| {
+    let (tokens, _) = tokenizing(&context.target, &context.clock, inputs.len(), move |target, tokenizer, _| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
         Ok(tokens(tokenizer, &prompted(prompt, &inputs), add_special_tokens)?)
     })
@@ -211,7 +211,7 @@ pub(super) async fn decode(context: Context, request: DecodeRequest) -> Result<D
     if ids.is_empty() {
         return Err(ServerError::Empty { field: "ids" });
     }
-    let (text, _) = tokenizing(&context.target, context.clock, 4 * ids.len(), move |_, tokenizer, _| {
+    let (text, _) = tokenizing(&context.target, &context.clock, 4 * ids.len(), move |_, tokenizer, _| {
         text_of(tokenizer, &ids, skip_special_tokens)
     })
     .await?;

@@ -71,7 +71,7 @@ pub(crate) async fn embed(call: Call<EmbedRequest>) -> Result<Response, ServerEr
     let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
     let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let writer = RowsWriter::new(vectors(reply, dimensions, normalize), Layout::Vectors);
-    Ok(timing.on(writer.of(output_dtype.unwrap_or_default()).respond(&target.app.metrics, memory)))
+    Ok(timing.on(writer.of(output_dtype.unwrap_or_default()).respond(&target.app.metrics, &timing.clock.trace, memory)))
 }
 
 /// What the model is for: the same as `/embed`, or with a reranker `/rerank`, or with a classifier `/predict`.
@@ -100,7 +100,7 @@ pub(crate) async fn embed_all(call: Call<EmbedAllRequest>) -> Result<Response, S
     let Computed { reply, timing, memory } = compute(&target, work, options, Want::PooledAndTokens).await?;
     let rows = reply.rows.into_iter().map(|rows| rows.tokens).collect();
     let writer = RowsWriter::new(rows, Layout::TokenVectors { width: target.model.card.d_model });
-    Ok(timing.on(writer.respond(&target.app.metrics, memory)))
+    Ok(timing.on(writer.respond(&target.app.metrics, &timing.clock.trace, memory)))
 }
 
 /// The cosine of each sentence to the source sentence.
@@ -132,7 +132,7 @@ pub(crate) async fn similarity(call: Call<SimilarityRequest>) -> Result<Response
     let cosines = others.iter().map(|rows| cosine(&source.pooled, &rows.pooled)).collect();
     // A vector of cosines is written as any other, without the brackets of a list of one.
     let json = RowsWriter::new(vec![cosines], Layout::Vector);
-    Ok(timing.on(json.respond(&target.app.metrics, memory)))
+    Ok(timing.on(json.respond(&target.app.metrics, &timing.clock.trace, memory)))
 }
 
 /// Vectors of unit length, as OpenAI's API gives them.
@@ -151,7 +151,11 @@ pub(crate) async fn v1_embeddings(call: Call<OpenAiRequest>) -> Result<Response,
         n_tokens: timing.n_tokens,
     };
     let writer = RowsWriter::new(vectors(reply, dimensions, true), layout);
-    Ok(timing.on(writer.of(body.output_dtype.unwrap_or_default()).respond(&target.app.metrics, memory)))
+    Ok(timing.on(writer.of(body.output_dtype.unwrap_or_default()).respond(
+        &target.app.metrics,
+        &timing.clock.trace,
+        memory,
+    )))
 }
 
 /// The same as `/v1/embeddings`.

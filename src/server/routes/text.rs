@@ -24,7 +24,7 @@ pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, Se
     }
     // Tokens are written as objects, some fifty bytes for each few of text.
     let n_bytes = texts.iter().map(|text| 4 * text.len()).sum();
-    let (bytes, _) = tokenizing(&target, clock, n_bytes, move |target, tokenizer, _| {
+    let (bytes, _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, _| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
         let mut answer = Vec::with_capacity(texts.len());
         for text in &texts {
@@ -68,7 +68,7 @@ pub(crate) async fn decode(call: Call<DecodeRequest>) -> Result<Response, Server
         return Err(ServerError::Empty { field: "ids" });
     }
     let n_bytes = lists.iter().map(|ids| 4 * ids.len()).sum();
-    let (bytes, _) = tokenizing(&target, clock, n_bytes, move |_, tokenizer, _| {
+    let (bytes, _) = tokenizing(&target, &clock, n_bytes, move |_, tokenizer, _| {
         let mut texts = Vec::with_capacity(lists.len());
         for ids in &lists {
             texts.push(text_of(tokenizer, ids, skip_special_tokens)?);

@@ -82,7 +82,7 @@ fn events_reach_their_series() {
     let metrics = Metrics::new();
     let ms = Duration::from_millis;
     let in_flight = metrics.in_flight();
-    let response = |route, code| ResponseStats { route, code, duration: ms(3), request_id: "r" };
+    let response = |route, code| ResponseStats { route, code, duration: ms(3), request_id: "r", trace_id: None };
     events::response_sent(&metrics, &response(Route::Embed, 200));
     events::response_sent(&metrics, &response(Route::Embed, 200));
     events::response_sent(&metrics, &response(Route::Health, 418));
