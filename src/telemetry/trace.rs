@@ -98,7 +98,12 @@ impl Tracer {
     /// Begins the span of a request.
     #[must_use]
     pub fn begin(&self, headers: TraceHeaders<'_>, method: &'static str, route: Route) -> RequestSpan {
-        let parent = Context::new().with_remote_span_context(context_of(headers));
+        let client = context_of(headers);
+        // The sampler would take a parent that says nothing for one that does not want to be sampled.
+        let parent = match client.is_valid() {
+            true => Context::new().with_remote_span_context(client),
+            false => Context::new(),
+        };
         let kind = if route.is_grpc() {
             [KeyValue::new("rpc.system", "grpc"), KeyValue::new("rpc.service", &route.label()[1..])]
         } else {
