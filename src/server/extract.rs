@@ -140,8 +140,9 @@ impl FromRequest<AppState> for Received {
         let arrival = head.extensions.get::<Arrival>();
         // Clients of the Open Inference Protocol, Triton's among them, name a type only for what is not JSON.
         let may_be_silent = arrival.is_some_and(|arrival| arrival.route == Route::Infer);
+        let is_silent = may_be_silent && !head.headers.contains_key(header::CONTENT_TYPE);
         let check = || {
-            if !is_json(&head.headers) && !(may_be_silent && !head.headers.contains_key(header::CONTENT_TYPE)) {
+            if !is_silent && !is_json(&head.headers) {
                 return Err(ServerError::MediaType);
             }
             Ok((Clock::of(app, arrival, &head.headers)?, asked_model(&head.uri, &head.headers)?))

@@ -109,7 +109,7 @@ async fn every_port_and_protocol_speaks_tls() {
         let mut client = Client::over(connect(secure.http, &trusted, protocols).await.unwrap());
         for _ in 0..2 {
             let rows = client.post("/embed", &json!({"inputs": "the tree"})).await.unwrap().read::<Vec<Vec<f32>>>();
-            assert_eq!(rows, [expected.clone()]);
+            assert_eq!(rows, std::slice::from_ref(&expected));
         }
     }
     // HTTP/2, which is preferred.
@@ -117,7 +117,7 @@ async fn every_port_and_protocol_speaks_tls() {
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"h2".as_slice()));
     let mut client = http2::connect(stream, None).await;
     let answer = http2::post(&mut client, "/embed", &json!({"inputs": "the tree"}), &[]).await.unwrap();
-    assert_eq!(answer.read::<Vec<Vec<f32>>>(), [expected.clone()]);
+    assert_eq!(answer.read::<Vec<Vec<f32>>>(), std::slice::from_ref(&expected));
     // gRPC.
     let stream = connect(secure.grpc, &trusted, &["h2"]).await.unwrap();
     let mut stream = Some(TokioIo::new(stream));
