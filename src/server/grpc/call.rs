@@ -199,7 +199,11 @@ where
             });
             tokio::spawn(async move {
                 while let Some(mut work) = running.recv().await {
-                    let answer = (&mut work.0).await.unwrap_or_else(|_| Err(Status::internal("internal error")));
+                    let answer = tokio::select! {
+                        answer = &mut work.0 => answer.unwrap_or_else(|_| Err(Status::internal("internal error"))),
+                        // What is computed for a client that has left is given up at once.
+                        () = out.closed() => return,
+                    };
                     let ends = answer.is_err();
                     if out.send(answer).await.is_err() || ends {
                         return;
