@@ -29,8 +29,12 @@ fn recipe(args: &CompressArgs) -> anyhow::Result<Recipe> {
         None => {
             let mut recipe = Recipe::new(0);
             if args.prune_heads > 0.0 || args.prune_ffn > 0.0 {
-                let pass =
-                    PruneStructured { heads: args.prune_heads, ffn: args.prune_ffn, importance: args.importance };
+                let pass = PruneStructured {
+                    heads: args.prune_heads,
+                    ffn: args.prune_ffn,
+                    importance: args.importance,
+                    ..PruneStructured::default()
+                };
                 recipe.push(pass, &[("heads", "--prune-heads"), ("ffn", "--prune-ffn")]);
                 recipe.push(Reconstruct::default(), &[]);
             }

@@ -1,9 +1,40 @@
 //! One budget for heads and neurons together: multiply-accumulates, bytes, or measured time.
 
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::CompressError;
 use super::allocate::{Choice, choose};
+use super::calibration::CalibrationText;
 use super::importance::LayerRanking;
+use super::progress::Progress;
 use super::prune::{FFN_PANEL, Plan};
-use crate::model::LayerConfig;
+use crate::exec::{Runtime, time_layers};
+use crate::model::{Architecture, LayerConfig};
+
+/// What a budget is counted in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Budget {
+    /// Multiply-accumulates of the linear layers.
+    #[default]
+    Macs,
+    /// Bytes of the linear layers in INT8.
+    Bytes,
+    /// Time of the layers on this machine, attention included. It differs from run to run, and what is chosen with it.
+    Latency,
+}
+
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Macs => "multiply-accumulates",
+            Self::Bytes => "bytes",
+            Self::Latency => "measured time",
+        })
+    }
+}
 
 /// What the two halves of a layer take of a budget, by what is kept of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +91,87 @@ impl LayerPrices {
         let least = |prices: &[u64]| prices.iter().min().copied().unwrap_or_default();
         least(&self.heads) + least(&self.neurons)
     }
+}
+
+/// Prices that are counted, of every layer.
+pub(super) fn prices(architecture: &Architecture, budget: Budget) -> Vec<LayerPrices> {
+    let price = if budget == Budget::Bytes { LayerPrices::bytes } else { LayerPrices::macs };
+    architecture.layers.iter().map(|layer| price(layer, architecture.d_model)).collect()
+}
+
+/// What is left of a budget when every layer has one head and one panel; 0 for time, which is not known before.
+pub(super) fn least_share(architecture: &Architecture, budget: Budget) -> f64 {
+    if budget == Budget::Latency {
+        return 0.0;
+    }
+    let prices = prices(architecture, budget);
+    let sum = |price: fn(&LayerPrices) -> u64| prices.iter().map(price).sum::<u64>() as f64;
+    sum(LayerPrices::least) / sum(LayerPrices::whole)
+}
+
+/// Tokens of the batches that layers are timed on.
+const TIMED_BATCH: usize = 512;
+/// Batches.
+const TIMED_BATCHES: usize = 2;
+/// Passes over them.
+const TIMED_ROUNDS: usize = 30;
+
+/// Nanoseconds of every layer's halves on inputs as long as those of the calibration text, on one computing thread.
+/// Layers of one shape are timed once. What every choice takes besides (norms, the residual stream) is part of the price.
+///
+/// # Errors
+/// If a layer cannot be played.
+pub(super) fn time_prices(
+    architecture: &Architecture,
+    text: &CalibrationText,
+    runtime: &Runtime,
+    progress: &dyn Progress,
+) -> Result<Vec<LayerPrices>, CompressError> {
+    let lens = timed_lens(text);
+    let mut distinct: Vec<LayerConfig> = Vec::new();
+    for layer in &architecture.layers {
+        if !distinct.contains(layer) {
+            distinct.push(*layer);
+        }
+    }
+    let mut found = Vec::with_capacity(distinct.len());
+    for layer in &distinct {
+        let heads = (1..=layer.n_heads).map(|n_heads| LayerConfig { n_heads, d_ffn: FFN_PANEL.min(layer.d_ffn), ..*layer });
+        let panels = 1..=layer.d_ffn.div_ceil(FFN_PANEL);
+        let neurons = panels.map(|n| LayerConfig { n_heads: 1, d_ffn: neurons_of(n, layer.d_ffn), ..*layer });
+        let shapes: Vec<LayerConfig> = heads.chain(neurons).collect();
+        progress.phase_started("time layers", (shapes.len() * (TIMED_ROUNDS + 1)) as u64);
+        let times = time_layers(runtime, architecture, &shapes, &lens, TIMED_ROUNDS, || progress.advanced(1))?;
+        progress.phase_finished();
+        let (heads, neurons) = times.split_at(layer.n_heads);
+        // Both halves were timed with the smallest of the other, which is counted once.
+        let (heads, neurons) = (monotone(heads.to_vec()), monotone(neurons.to_vec()));
+        let other = neurons[0];
+        found.push(LayerPrices { heads, neurons: neurons.iter().map(|time| time - other).collect() });
+    }
+    let of = |layer: &LayerConfig| distinct.iter().position(|other| other == layer).map(|at| found[at].clone());
+    Ok(architecture.layers.iter().filter_map(of).collect())
+}
+
+/// Lengths of batches like those of the text.
+fn timed_lens(text: &CalibrationText) -> Vec<Vec<usize>> {
+    let all: Vec<usize> =
+        text.batches.iter().flat_map(|batch| (0..batch.n_seqs()).map(|seq| batch.sequence(seq).len())).collect();
+    let step = (text.n_tokens / (TIMED_BATCH * TIMED_BATCHES)).max(1);
+    let mut batches: Vec<Vec<usize>> = vec![Vec::new()];
+    let mut n_tokens = 0;
+    for &len in all.iter().skip(step / 2).step_by(step) {
+        if n_tokens > 0 && n_tokens + len > TIMED_BATCH {
+            batches.push(Vec::new());
+            n_tokens = 0;
+        }
+        n_tokens += len;
+        if let Some(last) = batches.last_mut() {
+            last.push(len);
+        }
+    }
+    batches.retain(|batch| !batch.is_empty());
+    if batches.is_empty() { vec![vec![all.first().copied().unwrap_or(1)]] } else { batches }
 }
 
 /// Prices that never fall with what is kept: measured times are noisy, and a wider layer is never worth choosing for

@@ -28,7 +28,7 @@ mod walk;
 mod weights;
 
 pub use allocate::{Choice, Ranking, allocate, choose};
-pub use budget::{LayerPrices, monotone, plan_within};
+pub use budget::{Budget, LayerPrices, monotone, plan_within};
 pub use calibration::{CalibrationText, sample};
 pub use error::CompressError;
 pub use importance::{Importance, LayerRanking, Measurements, measure, sensitivities};

@@ -19,6 +19,15 @@ pub(super) struct Branch {
     pub(super) residual: Tensor,
 }
 
+/// A linear layer that leads into attention or an activation, as it was played.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    /// `[n_tokens, d_model]`.
+    pub(super) input: Tensor,
+    /// `input Wᵀ + b`, `[n_tokens, n_out]`, before any activation.
+    pub(super) output: Tensor,
+}
+
 /// The f32 player with an ear on the residual branches.
 #[derive(Debug, Default)]
 pub(super) struct Listening {
@@ -26,6 +35,10 @@ pub(super) struct Listening {
     resume: Option<Tensor>,
     /// Branches in the order they were played: attention, FFN, attention, …
     pub(super) branches: Vec<Branch>,
+    /// Whether the linear layers within the branches are kept as well.
+    entering: bool,
+    /// These layers in the order they were played: queries, keys and values, FFN, …
+    entries: Vec<Entry>,
     /// Whether a zero variable is added to every branch's output, so that a gradient arrives there.
     probing: bool,
     /// These variables, in the order of `branches`.
@@ -74,12 +87,19 @@ impl Ops for Listening {
     }
 
     fn linear(&mut self, linear: &CandleLinear, x: &Tensor, then: Activation) -> Result<Tensor, ModelError> {
-        if !self.probing_inputs {
+        if !self.probing_inputs && !self.entering {
             return CandleF32.linear(linear, x, then);
         }
         let mut play = || -> candle_core::Result<Tensor> {
-            let (output, probe) = probed(&linear.apply(x)?)?;
-            self.input_probes.push((linear.slot, probe));
+            let mut output = linear.apply(x)?;
+            if self.entering {
+                self.entries.push(Entry { input: x.detach(), output: output.detach() });
+            }
+            if self.probing_inputs {
+                let (sum, probe) = probed(&output)?;
+                output = sum;
+                self.input_probes.push((linear.slot, probe));
+            }
             activate(output, then)
         };
         play().map_err(ModelError::player)
@@ -166,7 +186,9 @@ pub(super) struct LayerAlone {
 
 /// What playing one layer shows.
 pub(super) struct LayerTrace {
+    pub(super) qkv: Entry,
     pub(super) attention: Branch,
+    pub(super) up: Entry,
     pub(super) ffn: Branch,
     /// Rows after the layer.
     pub(super) out: Tensor,
@@ -181,11 +203,12 @@ impl LayerAlone {
     }
 
     pub(super) fn play(&self, rows: &Tensor, batch: &Ragged<'_>) -> Result<LayerTrace, ModelError> {
-        let mut player = Listening { resume: Some(rows.clone()), ..Listening::default() };
+        let mut player = Listening { resume: Some(rows.clone()), entering: true, ..Listening::default() };
         let out = self.encoder.forward(&mut player, batch)?;
         let [attention, ffn]: [Branch; 2] =
             player.branches.try_into().expect("the score of a layer has two residual branches");
-        Ok(LayerTrace { attention, ffn, out })
+        let [qkv, up]: [Entry; 2] = player.entries.try_into().expect("each branch has one linear layer within");
+        Ok(LayerTrace { qkv, attention, up, ffn, out })
     }
 }
 

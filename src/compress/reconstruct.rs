@@ -1,12 +1,16 @@
-//! After removal: output matrices refitted by least squares, layer by layer, without training.
+//! After removal: matrices refitted by least squares, layer by layer, without training.
 //!
 //! ```text
 //! minimise over W, b:   Σ_tokens ‖ W x + b − y ‖²  +  n λ ‖ W − W₀ ‖²
 //! ```
 //!
 //! `x` is what the pruned model feeds to the matrix (everything before it is pruned and refitted already), `y` what the
-//! dense model gave at this place, `W₀` the surviving columns of the dense matrix. The ridge pulls to `W₀`, so
+//! dense model gave at this place, `W₀` the surviving part of the dense matrix. The ridge pulls to `W₀`, so
 //! directions that calibration text hardly shows keep the trained weights.
+//!
+//! Output matrices (`W_O`, `W_down`) make up for the heads and neurons that are gone. With [`Matrices::All`] those that
+//! read the residual stream are refitted too, each in its turn: their surviving rows should give what they gave in the dense
+//! model, although the stream that feeds them has drifted.
 //!
 //! *Source*: the closed form of Kwon et al. 2022 (§3.3, there for one scale per head or neuron) on whole matrices, as
 //! in Park et al. 2024 (K-prune, §4.3).
@@ -18,8 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::CompressError;
 use super::calibration::CalibrationText;
 use super::moments::{Moments, regularize};
-use super::observe::{Branch, LayerAlone, embedded};
+use super::observe::{Branch, LayerAlone, LayerTrace, embedded};
 use super::progress::Progress;
+use super::slots::linear_slots;
 use super::weights::{DenseLinear, Weights};
 use crate::model::LinearSlot;
 
@@ -34,9 +39,22 @@ pub enum Target {
     ResidualStream,
 }
 
+/// Which matrices are refitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Matrices {
+    /// The attention's and the FFN's output matrix of every layer.
+    #[default]
+    Outputs,
+    /// Queries, keys and values and the FFN's first matrix as well.
+    All,
+}
+
 /// Settings of [`reconstruct`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Reconstruction {
+    /// Which matrices.
+    pub matrices: Matrices,
     /// λ relative to the mean variance of the inputs.
     pub ridge: f64,
     /// What is fitted.
@@ -45,7 +63,7 @@ pub struct Reconstruction {
 
 impl Default for Reconstruction {
     fn default() -> Self {
-        Self { ridge: 1e-3, target: Target::default() }
+        Self { matrices: Matrices::default(), ridge: 1e-3, target: Target::default() }
     }
 }
 
@@ -114,7 +132,7 @@ fn narrow(value: f64) -> f32 {
     value as f32
 }
 
-/// Refits `W_O` and `W_down` of every layer of `pruned` to what `dense` gives on the calibration text.
+/// Refits matrices of every layer of `pruned` to what `dense`, of which it was cut, gives on the calibration text.
 ///
 /// # Errors
 /// If a player or a factorisation fails.
@@ -126,32 +144,47 @@ pub fn reconstruct(
     progress: &dyn Progress,
 ) -> Result<Vec<Refit>, CompressError> {
     let n_layers = dense.architecture().layers.len();
-    progress.phase_started("reconstruct", (n_layers * text.batches.len() * 4) as u64);
+    let slots = |layer| match settings.matrices {
+        Matrices::Outputs => vec![LinearSlot::AttentionOut(layer), LinearSlot::FfnDown(layer)],
+        Matrices::All => linear_slots(layer).to_vec(),
+    };
+    progress.phase_started("reconstruct", (n_layers * text.batches.len() * (2 + slots(0).len())) as u64);
     let mut dense_rows = embedded(dense, &text.batches)?;
-    let mut pruned_rows = dense_rows.clone();
+    let mut pruned_rows = embedded(pruned, &text.batches)?;
     let mut refits = Vec::new();
     for layer in 0..n_layers {
+        let rows = match settings.matrices {
+            Matrices::Outputs => None,
+            Matrices::All => Some(pruned.kept(layer).rows(&dense.architecture().layers[layer])?),
+        };
         let alone = LayerAlone::new(dense, layer)?;
         let mut wanted = Vec::with_capacity(text.batches.len());
-        for (rows, batch) in dense_rows.iter_mut().zip(&text.batches) {
-            let trace = alone.play(rows, &batch.view(0..batch.n_seqs()))?;
-            *rows = trace.out;
-            wanted.push((trace.attention, trace.ffn));
+        for (dense_rows, batch) in dense_rows.iter_mut().zip(&text.batches) {
+            let trace = alone.play(dense_rows, &batch.view(0..batch.n_seqs()))?;
+            wanted.push(Wanted::new(&trace, rows.as_ref(), settings.target)?);
+            *dense_rows = trace.out;
             progress.advanced(1);
         }
-        for slot in [LinearSlot::AttentionOut(layer), LinearSlot::FfnDown(layer)] {
+        for slot in slots(layer) {
             let start = pruned.dense(slot).clone();
             let mut moments = Moments::new(start.n_in, start.n_out);
             let mut spread = Spread::default();
             let alone = LayerAlone::new(pruned, layer)?;
             for ((rows, wanted), batch) in pruned_rows.iter().zip(&wanted).zip(&text.batches) {
                 let trace = alone.play(rows, &batch.view(0..batch.n_seqs()))?;
-                let (got, wanted) = match slot {
-                    LinearSlot::AttentionOut(_) => (trace.attention, &wanted.0),
-                    _ => (trace.ffn, &wanted.1),
+                let (input, y) = match slot {
+                    LinearSlot::Qkv(_) => (trace.qkv.input, wanted.entries[0].clone()),
+                    LinearSlot::AttentionOut(_) => {
+                        let y = still_missing(&wanted.attention, &trace.attention, settings.target)?;
+                        (trace.attention.input, y)
+                    }
+                    LinearSlot::FfnUp(_) => (trace.up.input, wanted.entries[1].clone()),
+                    LinearSlot::FfnDown(_) => {
+                        let y = still_missing(&wanted.ffn, &trace.ffn, settings.target)?;
+                        (trace.ffn.input, y)
+                    }
                 };
-                let y = target(&got, wanted, settings.target)?;
-                moments.add(&got.input, &y)?;
+                moments.add(&input, &y)?;
                 spread.add(&y)?;
                 progress.advanced(1);
             }
@@ -169,10 +202,34 @@ pub fn reconstruct(
     Ok(refits)
 }
 
-fn target(got: &Branch, wanted: &Branch, target: Target) -> candle_core::Result<Tensor> {
+/// What a batch gave in the dense layer.
+struct Wanted {
+    /// Of the matrices that read the residual stream, rows that are still there; empty when they are not refitted.
+    entries: Vec<Tensor>,
+    attention: Tensor,
+    ffn: Tensor,
+}
+
+impl Wanted {
+    fn new(trace: &LayerTrace, rows: Option<&[Tensor; 2]>, target: Target) -> candle_core::Result<Self> {
+        let entries = rows.iter().flat_map(|rows| [(&trace.qkv, &rows[0]), (&trace.up, &rows[1])]);
+        let branch = |branch: &Branch| match target {
+            Target::Branch => Ok(branch.output.clone()),
+            Target::ResidualStream => &branch.output + &branch.residual,
+        };
+        Ok(Self {
+            entries: entries.map(|(entry, rows)| entry.output.index_select(rows, 1)).collect::<Result<_, _>>()?,
+            attention: branch(&trace.attention)?,
+            ffn: branch(&trace.ffn)?,
+        })
+    }
+}
+
+/// What a branch has to give.
+fn still_missing(wanted: &Tensor, got: &Branch, target: Target) -> candle_core::Result<Tensor> {
     match target {
-        Target::Branch => Ok(wanted.output.clone()),
-        Target::ResidualStream => (&wanted.output + &wanted.residual)? - &got.residual,
+        Target::Branch => Ok(wanted.clone()),
+        Target::ResidualStream => wanted - &got.residual,
     }
 }
 

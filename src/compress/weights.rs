@@ -5,12 +5,14 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
+
 use super::CompressError;
 use super::passes::MatrixReport;
 use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, HeadSlot, LinearSlot, NormSlot};
+use crate::model::{Architecture, HeadSlot, LayerConfig, LinearSlot, NormSlot};
 use crate::quant::Weight;
 
 /// A linear layer `y = x Wᵀ + b`.
@@ -40,6 +42,30 @@ fn form_name(form: &Weight<'_>) -> &'static str {
     }
 }
 
+/// Which heads and neurons of the model that was loaded a layer still has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Heads, in rising order.
+    pub heads: Vec<usize>,
+    /// FFN neurons, in rising order.
+    pub neurons: Vec<usize>,
+}
+
+impl Kept {
+    /// Rows that are still there, `[n]` each: of queries, keys and values, and of the FFN's first matrix. `loaded` is the
+    /// layer as it was loaded.
+    pub(super) fn rows(&self, loaded: &LayerConfig) -> candle_core::Result<[Tensor; 2]> {
+        let head = |part: usize, head: usize| part * loaded.d_context() + head * loaded.d_head;
+        let context = |part| self.heads.iter().flat_map(move |&at| head(part, at)..head(part, at) + loaded.d_head);
+        let tensor = |rows: Vec<usize>| {
+            let rows: Vec<i64> = rows.into_iter().map(|row| row as i64).collect();
+            let n = rows.len();
+            Tensor::from_vec(rows, n, &Device::Cpu)
+        };
+        Ok([tensor((0..3).flat_map(context).collect())?, tensor(self.neurons.clone())?])
+    }
+}
+
 /// The model under work. Clones share embedding tables and stored forms.
 #[derive(Debug, Clone)]
 pub struct Weights {
@@ -48,6 +74,7 @@ pub struct Weights {
     norms: BTreeMap<NormSlot, NormWeights>,
     tables: BTreeMap<MatrixSlot, Arc<Vec<f32>>>,
     forms: BTreeMap<MatrixSlot, Arc<Weight<'static>>>,
+    kept: Vec<Kept>,
     /// The classification head; no pass changes it.
     head: BTreeMap<HeadSlot, DenseLinear>,
 }
@@ -92,13 +119,24 @@ impl Weights {
                 head.insert(slot, source.head(slot)?.into());
             }
         }
-        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new(), head })
+        let whole = |layer: &LayerConfig| Kept {
+            heads: (0..layer.n_heads).collect(),
+            neurons: (0..layer.d_ffn).collect(),
+        };
+        let kept = architecture.layers.iter().map(whole).collect();
+        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new(), kept, head })
     }
 
     /// The model's shape.
     #[must_use]
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
+    }
+
+    /// What a layer still has of the model that was loaded.
+    #[must_use]
+    pub fn kept(&self, layer: usize) -> &Kept {
+        &self.kept[layer]
     }
 
     /// A linear layer.
@@ -220,6 +258,8 @@ impl Weights {
         let qkv: Vec<usize> =
             (0..3).flat_map(|part| context.iter().map(move |row| part * config.d_context() + row)).collect();
         self.edit(layer, |spec| spec.n_heads = heads.len())?;
+        let kept = &mut self.kept[layer].heads;
+        *kept = heads.iter().map(|&head| kept[head]).collect();
         self.keep_rows(LinearSlot::Qkv(layer), &qkv);
         self.keep_columns(LinearSlot::AttentionOut(layer), &context);
         Ok(())
@@ -231,6 +271,8 @@ impl Weights {
     /// If none is kept.
     pub fn keep_neurons(&mut self, layer: usize, neurons: &[usize]) -> Result<(), CompressError> {
         self.edit(layer, |spec| spec.d_ffn = neurons.len())?;
+        let kept = &mut self.kept[layer].neurons;
+        *kept = neurons.iter().map(|&neuron| kept[neuron]).collect();
         self.keep_rows(LinearSlot::FfnUp(layer), neurons);
         self.keep_columns(LinearSlot::FfnDown(layer), neurons);
         Ok(())
@@ -243,7 +285,7 @@ impl Weights {
         }
     }
 
-    fn edit(&mut self, layer: usize, edit: impl FnOnce(&mut crate::model::LayerConfig)) -> Result<(), CompressError> {
+    fn edit(&mut self, layer: usize, edit: impl FnOnce(&mut LayerConfig)) -> Result<(), CompressError> {
         let mut spec = self.architecture.spec();
         edit(&mut spec.layers[layer]);
         self.architecture = Architecture::new(spec)?;

@@ -96,7 +96,7 @@ impl Int8Model {
         Ok(Self { architecture, encoder, head, bytes: build.bytes(), rank: build.rank })
     }
 
-    #[cfg(test)]
+    /// A model without a head, of an encoder that is built.
     pub(super) fn of_encoder(architecture: Arc<Architecture>, encoder: Arc<Encoder<Int8>>, bytes: usize) -> Self {
         Self { architecture, encoder, head: None, bytes, rank: 0 }
     }

@@ -82,6 +82,23 @@ pub struct Int8Tables {
     pub(super) positions: Positions,
 }
 
+impl Int8Tables {
+    /// Tables of f32 rows in memory, `[n, width]` each.
+    pub(super) fn of_rows(
+        width: usize,
+        word: &[f32],
+        position: &[f32],
+        token_type: Option<&[f32]>,
+        positions: Positions,
+    ) -> Self {
+        let table = |rows: &[f32]| {
+            let weight = Weight::F32(Cow::Borrowed(rows));
+            Table { rows: Rows::of(&weight, width), n_rows: rows.len() / width, width, factor: None }
+        };
+        Self { word: table(word), position: table(position), token_type: token_type.map(table), positions }
+    }
+}
+
 /// Room for the rows of tables of low rank, kept by each thread.
 #[derive(Debug, Default)]
 pub(super) struct Gather {

@@ -48,6 +48,12 @@ impl Runtime {
         Self { isa, cores: Arc::clone(&self.cores) }
     }
 
+    /// The kernels' instruction set.
+    #[must_use]
+    pub(super) fn isa(&self) -> Isa {
+        self.isa
+    }
+
     /// The INT8 player of a checkpoint, as `serve` runs it.
     ///
     /// # Errors

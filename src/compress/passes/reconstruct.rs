@@ -1,18 +1,20 @@
-//! `reconstruct`: output matrices refitted by least squares after pruning.
+//! `reconstruct`: matrices refitted by least squares after pruning.
 
 use serde::{Deserialize, Serialize};
 
 use super::{CompressionPass, MatrixReport, PassReport, Refusal, Stage, Work};
 use crate::compress::CompressError;
 use crate::compress::progress::Progress;
-use crate::compress::reconstruct::{Reconstruction, Target, reconstruct};
+use crate::compress::reconstruct::{Matrices, Reconstruction, Target, reconstruct};
 use crate::compress::slots::MatrixSlot;
 use crate::model::Architecture;
 
-/// Refits `W_O` and `W_down` of every layer to what the uncompressed model gives on the calibration text.
+/// Refits matrices of every layer to what the uncompressed model gives on the calibration text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Reconstruct {
+    /// Which matrices.
+    pub matrices: Matrices,
     /// Pull to the surviving weights, relative to the mean variance of the inputs.
     pub ridge: f64,
     /// What is fitted.
@@ -21,8 +23,8 @@ pub struct Reconstruct {
 
 impl Default for Reconstruct {
     fn default() -> Self {
-        let Reconstruction { ridge, target } = Reconstruction::default();
-        Self { ridge, target }
+        let Reconstruction { matrices, ridge, target } = Reconstruction::default();
+        Self { matrices, ridge, target }
     }
 }
 
@@ -36,7 +38,11 @@ impl CompressionPass for Reconstruct {
     }
 
     fn summary(&self) -> String {
-        format!("output matrices by least squares, ridge {}", self.ridge)
+        let which = match self.matrices {
+            Matrices::Outputs => "output matrices",
+            Matrices::All => "all matrices",
+        };
+        format!("{which} by least squares, ridge {}", self.ridge)
     }
 
     fn check(&self, _architecture: &Architecture) -> Result<(), Refusal> {
@@ -48,7 +54,7 @@ impl CompressionPass for Reconstruct {
 
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
         let text = work.text()?;
-        let settings = Reconstruction { ridge: self.ridge, target: self.target };
+        let settings = Reconstruction { matrices: self.matrices, ridge: self.ridge, target: self.target };
         let refits = reconstruct(&work.dense, &mut work.model, &text, settings, progress)?;
         let matrices = refits
             .iter()
