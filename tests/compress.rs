@@ -160,6 +160,39 @@ fn a_recipe_with_text_is_served_and_reproducible_from_what_the_artefact_carries(
     assert_ne!(files(&a)["model.safetensors"], files(&c)["model.safetensors"]);
 }
 
+#[test]
+fn one_budget_covers_heads_and_neurons_and_every_refit_matrix_helps() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |name: &str, pruning: &str, refit: &str| {
+        let recipe = format!(
+            "[calibration]\ntexts = \"texts.txt\"\ntokens = 3000\n[[pass]]\nkind = \"prune-structured\"\n{pruning}\n\
+             {refit}"
+        );
+        let (out, path) = (dir.path().join(name), write_recipe(&dir.path().join("recipes"), &recipe, 600));
+        succeeded(&compress(&out, &["--recipe", &path]));
+        serves(&out);
+        Checkpoint::open(&out).unwrap().manifest().unwrap().clone()
+    };
+    let outputs = "[[pass]]\nkind = \"reconstruct\"\n";
+    let all = "[[pass]]\nkind = \"reconstruct\"\nmatrices = \"all\"\n";
+    // A head of 16 is a twelfth of the multiply-accumulates of three layers of 64 neurons.
+    let by_macs = make("macs", "share = 0.2", all);
+    let (before, after) = by_macs.pruning.clone().unwrap().macs_per_token;
+    assert!(after as f64 <= 0.8 * before as f64 && after as f64 > 0.7 * before as f64, "{after} of {before}");
+    let by_bytes = make("bytes", "share = 0.2\nof = \"bytes\"", "");
+    let (before, after) = by_bytes.pruning.clone().unwrap().macs_per_token;
+    assert!(after < before);
+    // Times of so small layers are noise; something goes all the same, and never everything.
+    let by_time = make("time", "share = 0.1\nof = \"latency\"", "");
+    assert!(by_time.pruning.unwrap().heads.iter().all(|&(_, heads)| heads >= 1));
+
+    let cosine = |manifest: niwaki::checkpoint::Manifest| manifest.quality.unwrap().cosine_mean;
+    let plain = cosine(make("plain", "share = 0.2", ""));
+    let outputs = cosine(make("outputs", "share = 0.2", outputs));
+    let all = cosine(by_macs);
+    assert!(plain < outputs && outputs < all, "{plain} {outputs} {all}");
+}
+
 const FOUR_BITS: &str = r#"
 [calibration]
 texts = "texts.txt"

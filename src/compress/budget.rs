@@ -136,7 +136,8 @@ pub(super) fn time_prices(
     }
     let mut found = Vec::with_capacity(distinct.len());
     for layer in &distinct {
-        let heads = (1..=layer.n_heads).map(|n_heads| LayerConfig { n_heads, d_ffn: FFN_PANEL.min(layer.d_ffn), ..*layer });
+        let heads =
+            (1..=layer.n_heads).map(|n_heads| LayerConfig { n_heads, d_ffn: FFN_PANEL.min(layer.d_ffn), ..*layer });
         let panels = 1..=layer.d_ffn.div_ceil(FFN_PANEL);
         let neurons = panels.map(|n| LayerConfig { n_heads: 1, d_ffn: neurons_of(n, layer.d_ffn), ..*layer });
         let shapes: Vec<LayerConfig> = heads.chain(neurons).collect();

@@ -119,10 +119,8 @@ impl Weights {
                 head.insert(slot, source.head(slot)?.into());
             }
         }
-        let whole = |layer: &LayerConfig| Kept {
-            heads: (0..layer.n_heads).collect(),
-            neurons: (0..layer.d_ffn).collect(),
-        };
+        let whole =
+            |layer: &LayerConfig| Kept { heads: (0..layer.n_heads).collect(), neurons: (0..layer.d_ffn).collect() };
         let kept = architecture.layers.iter().map(whole).collect();
         Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new(), kept, head })
     }

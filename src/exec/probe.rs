@@ -28,7 +28,13 @@ impl Build<Int8> for MadeUp<'_> {
         let spec = self.0;
         let rows = |n: usize| made_up(n * spec.d_model);
         let types = (spec.n_token_types > 0).then(|| rows(spec.n_token_types));
-        Ok(Int8Tables::of_rows(spec.d_model, &rows(spec.vocab_size), &rows(spec.positions.table_len), types.as_deref(), spec.positions))
+        Ok(Int8Tables::of_rows(
+            spec.d_model,
+            &rows(spec.vocab_size),
+            &rows(spec.positions.table_len),
+            types.as_deref(),
+            spec.positions,
+        ))
     }
 
     fn norm(&mut self, _slot: NormSlot) -> Result<Int8Norm, ModelError> {

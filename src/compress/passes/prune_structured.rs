@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CompressionPass, LayerReport, PassReport, Refusal, Stage, Work};
 use crate::compress::CompressError;
-use crate::compress::budget::{Budget, least_share, plan_within, prices, time_prices};
+use crate::compress::budget::{Budget, LayerPrices, least_share, plan_within, prices, time_prices};
 use crate::compress::importance::{Importance, LayerRanking, measure};
 use crate::compress::progress::Progress;
 use crate::compress::prune::{FFN_PANEL, Plan, apply, check_share, plan};
@@ -95,7 +95,7 @@ impl PruneStructured {
             Budget::Latency => time_prices(architecture, &*work.text()?, work.runtime, progress)?,
             counted => prices(architecture, counted),
         };
-        let whole: u64 = prices.iter().map(super::super::budget::LayerPrices::whole).sum();
+        let whole: u64 = prices.iter().map(LayerPrices::whole).sum();
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a whole number")]
         let budget = (whole as f64 * (1.0 - share)) as u64;
         plan_within(&architecture.layers, rankings, &prices, budget).ok_or_else(|| CompressError::Setting {
