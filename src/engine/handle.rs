@@ -414,7 +414,9 @@ impl Shared {
             }
             let now = Instant::now();
             let idle_workers = state.idle_workers();
-            let taken = state.queue.take(now, idle_workers, jobs, shed);
+            let seconds_per_token = state.drain.tokens_per_second().map(|rate| state.workers_left as f64 / rate);
+            let horizon = state.queue.horizon(now, idle_workers, seconds_per_token);
+            let taken = state.queue.take(horizon, idle_workers, jobs, shed);
             if !jobs.is_empty() || !shed.is_empty() {
                 state.busy_workers += 1;
                 if taken.n_seqs > 0 {

@@ -49,7 +49,8 @@ impl Header {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
-    fn runnable(&self, now: Instant) -> bool {
+    /// Whether it waits, and will still be of use after `now`.
+    pub(crate) fn runnable(&self, now: Instant) -> bool {
         self.live && !self.expired(now)
     }
 }
@@ -109,9 +110,7 @@ pub(crate) fn next(queue: &QueueView<'_>, now: Instant, limits: &PolicyLimits, i
             return Decision::Take { lane, scan, n_seqs: 0, n_tokens: 0 };
         }
     }
-    let share = queue.tokens.div_ceil(idle_workers.max(1));
-    let most = limits.target_batch_tokens.min(limits.max_batch_tokens);
-    let budget = share.max(limits.min_share_tokens).min(most);
+    let budget = budget(queue.tokens, limits, idle_workers);
     match (queue.short.front(), queue.long.front()) {
         (None, None) => Decision::Idle,
         (Some(_), None) => fill(Lane::Short, queue.short, now, budget, limits.max_batch_requests),
@@ -124,6 +123,13 @@ pub(crate) fn next(queue: &QueueView<'_>, now: Instant, limits: &PolicyLimits, i
             }
         }
     }
+}
+
+/// Tokens that a batch of several sequences may hold; see the module's text.
+pub(crate) fn budget(queued_tokens: usize, limits: &PolicyLimits, idle_workers: usize) -> usize {
+    let share = queued_tokens.div_ceil(idle_workers.max(1));
+    let most = limits.target_batch_tokens.min(limits.max_batch_tokens);
+    share.max(limits.min_share_tokens).min(most)
 }
 
 /// Takes entries in order while they fit. The first one always does: a sequence beyond the budget, which admission

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -95,6 +96,25 @@ impl<T> Queue<T> {
         out
     }
 
+    /// Up to when a deadline is as good as passed at `now`, given the `seconds_per_token` of a worker.
+    ///
+    /// Under overload the head of the queue has always waited for nearly its deadline. A worker that took it because a
+    /// moment was left would compute it for nobody, and so on with the next, for ever: all are late, though the worker
+    /// never rests. So those go first that would be late at the end of their batch, if there are others that would not.
+    /// (If there are none, the estimate decides nothing: work is done, and what is measured of it mends the estimate.)
+    pub(crate) fn horizon(&self, now: Instant, idle_workers: usize, seconds_per_token: Option<f64>) -> Instant {
+        /// Of each lane's end. The last to come have the most time left, unless they asked for less than others.
+        const LOOKED_AT: usize = 8;
+        /// Batches that take longer than the mean are late too.
+        const MARGIN: f64 = 1.5;
+        let tokens = policy::budget(self.tokens, &self.limits, idle_workers).min(self.tokens);
+        let batch = seconds_per_token.and_then(|each| Duration::try_from_secs_f64(MARGIN * each * tokens as f64).ok());
+        let end = batch.and_then(|batch| now.checked_add(batch)).unwrap_or(now);
+        let lasts = [&self.short, &self.long].map(|entries| entries.headers.iter().rev().take(LOOKED_AT));
+        let others = lasts.into_iter().flatten().any(|header| header.runnable(end));
+        if others { end } else { now }
+    }
+
     /// Moves what a free worker shall run into `run`, and what has expired by `now` into `shed`.
     pub(crate) fn take(&mut self, now: Instant, idle_workers: usize, run: &mut Vec<T>, shed: &mut Vec<T>) -> Taken {
         loop {
@@ -157,7 +177,6 @@ impl<T> Queue<T> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::time::Duration;
 
     use proptest::prelude::*;
 
@@ -258,5 +277,56 @@ mod tests {
             assert_eq!(queue.cancel(&(first..first + 2)).len(), 2);
             assert!(queue.n_entries() <= 2 * (COMPACT_AT + 1), "{}", queue.n_entries());
         }
+    }
+
+    /// One worker of 6,000 tokens a second, for 60 s of sequences of 80 tokens whose clients wait for 0.9 s: the share of
+    /// its time that it computes for clients who are still there at the end of their batch.
+    fn useful_share(offered: f64, estimate: Option<f64>) -> f64 {
+        const SECONDS_PER_TOKEN: f64 = 1.0 / 6000.0;
+        let limits = PolicyLimits {
+            max_batch_tokens: 16_384,
+            max_batch_requests: usize::MAX,
+            target_batch_tokens: 512,
+            min_share_tokens: 256,
+            short_tokens: 256,
+            overtake: 4,
+        };
+        let begin = Instant::now();
+        let at = |seconds: f64| begin + Duration::from_secs_f64(seconds);
+        let mut queue = Queue::new(limits);
+        let (mut now, mut arrived, mut useful) = (0.0, 0u32, 0);
+        let every = 80.0 * SECONDS_PER_TOKEN / offered;
+        while now < 60.0 {
+            while f64::from(arrived) * every <= now {
+                let due = f64::from(arrived) * every;
+                queue.push(80, Some(at(due + 0.9)), due + 0.9);
+                arrived += 1;
+            }
+            let (mut run, mut shed) = (Vec::new(), Vec::new());
+            let horizon = queue.horizon(at(now), 1, estimate);
+            let taken = queue.take(horizon, 1, &mut run, &mut shed);
+            now += if taken.n_seqs > 0 { taken.n_tokens as f64 * SECONDS_PER_TOKEN } else { every };
+            useful += run.iter().filter(|&&deadline| deadline >= now).count();
+        }
+        useful as f64 * 80.0 * SECONDS_PER_TOKEN / now
+    }
+
+    #[test]
+    fn overload_wastes_nothing_on_who_will_be_late() {
+        let right = Some(1.0 / 6000.0);
+        for offered in [1.2, 1.5, 3.0, 10.0] {
+            let share = useful_share(offered, right);
+            assert!(share > 0.97, "{share} of the time at {offered} times the capacity");
+            // An estimate that is twice or half the truth does not undo it altogether, nor does one of an hour a token.
+            for wrong in [2.0, 0.75] {
+                let share = useful_share(offered, right.map(|seconds| seconds * wrong));
+                assert!(share > 0.9, "{share} at {offered} times the capacity with {wrong} times the time");
+            }
+            let share = useful_share(offered, Some(3600.0));
+            assert!(share > 0.0, "{share} with an estimate that rules everything out");
+            assert!(useful_share(offered, None) < 0.9, "without an estimate it is no overload");
+        }
+        let share = useful_share(0.9, right);
+        assert!((share - 0.9).abs() < 0.02, "{share} below the capacity");
     }
 }
