@@ -255,6 +255,9 @@ pub(super) struct CompressArgs {
     /// Longest input in tokens (default: the model's; with --attention 8192).
     #[arg(long, value_name = "TOKENS")]
     pub(super) max_input_length: Option<usize>,
+    /// Measure the speed before and after on this machine, for the report; its bytes then differ from run to run.
+    #[arg(long)]
+    pub(super) speed: bool,
     /// Name of the model in the artefact (default: the name of the directory).
     #[arg(long)]
     pub(super) name: Option<String>,

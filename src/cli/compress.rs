@@ -58,6 +58,7 @@ pub(super) fn run(args: &CompressArgs) -> anyhow::Result<()> {
     let request = CompressRequest {
         force: args.force,
         name: args.name.clone(),
+        speed: args.speed,
         band: args.attention,
         max_input_tokens: max_input_tokens(args.attention, args.max_input_length),
         ..CompressRequest::new(&args.model, &args.out, recipe(args)?)
@@ -82,6 +83,11 @@ fn print(outcome: &Outcome) {
         println!("FFN neurons kept per layer: {}", kept(&pruning.ffn));
         let (before, after) = pruning.macs_per_token;
         println!("multiply-accumulates per token: {after}, {:.1} % of {before}", after as f64 / before as f64 * 100.0);
+    }
+    for pass in &outcome.report.passes {
+        for note in &pass.notes {
+            println!("{}: {note}", pass.kind);
+        }
     }
     if let Some(quality) = &manifest.quality {
         println!(

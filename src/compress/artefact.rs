@@ -20,6 +20,8 @@ use crate::quant::{Weight, quantize_rows_symmetric};
 pub(super) const WEIGHTS_FILE: &str = "model.safetensors";
 /// The recipe, with every setting spelt out.
 pub(super) const RECIPE_FILE: &str = "recipe.toml";
+/// The report, as data and as a page.
+pub(super) const REPORT_FILES: [&str; 2] = ["report.json", "report.html"];
 /// The model card.
 pub(super) const CARD_FILE: &str = "README.md";
 
@@ -122,6 +124,15 @@ fn config(source: &Checkpoint, model: &Weights) -> Result<Value, CompressError> 
     let json = |source| CheckpointError::Json { file: file.to_owned(), source };
     let bytes = read_source(source, file)?.unwrap_or_else(|| b"{}".to_vec());
     let mut config: Value = serde_json::from_slice(&bytes).map_err(json)?;
+    if let Some(config) = config.as_object_mut() {
+        let now = model.architecture();
+        // Names of the same in different families.
+        let shapes =
+            [("vocab_size", now.vocab_size), ("num_hidden_layers", now.layers.len()), ("n_layers", now.layers.len())];
+        for (field, value) in shapes {
+            config.entry(field).and_modify(|old| *old = json!(value));
+        }
+    }
     let weights = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false});
     let inputs = json!({"num_bits": 8, "type": "int", "symmetric": false, "strategy": "token", "dynamic": true});
     let all_int8 = model.slots().into_iter().all(|slot| matches!(model.form(slot), None | Some(Weight::Int8 { .. })));
@@ -171,10 +182,15 @@ fn pretty(value: &Value) -> Vec<u8> {
 }
 
 /// The files beside the weights and the manifest.
-pub(super) fn side_files(source: &Checkpoint, model: &Weights) -> Result<BTreeMap<String, Vec<u8>>, CompressError> {
+pub(super) fn side_files(
+    source: &Checkpoint,
+    model: &Weights,
+    tokenizer_json: Vec<u8>,
+    vocab_txt: Option<Vec<u8>>,
+) -> Result<BTreeMap<String, Vec<u8>>, CompressError> {
     let architecture = model.architecture();
     let mut files = BTreeMap::from([
-        ("tokenizer.json".to_owned(), source.tokenizer_json().to_vec()),
+        ("tokenizer.json".to_owned(), tokenizer_json),
         ("config.json".to_owned(), pretty(&config(source, model)?)),
     ]);
     // A classifier is no sentence encoder: the modules of one would mislead other programs.
@@ -185,6 +201,9 @@ pub(super) fn side_files(source: &Checkpoint, model: &Weights) -> Result<BTreeMa
         if let Some(bytes) = read_source(source, file)? {
             files.insert(file.to_owned(), bytes);
         }
+    }
+    if let Some(vocab_txt) = vocab_txt.filter(|_| files.contains_key("vocab.txt")) {
+        files.insert("vocab.txt".to_owned(), vocab_txt);
     }
     Ok(files)
 }

@@ -15,12 +15,14 @@ use crate::model::RaggedBatch;
 const BATCH_TOKENS: usize = 2_048;
 
 /// A sample of calibration text as batches of ids; there is no padding, so none can enter a statistic.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CalibrationText {
     /// Sequences in order of length.
     pub batches: Vec<RaggedBatch>,
     /// Texts that were not sampled, for measuring.
     pub held_out: Vec<String>,
+    /// The texts sampled, for another tokenizer; empty for a sample of given sequences.
+    texts: Vec<String>,
     /// sha256 of the file.
     pub sha256: String,
     /// Texts sampled.
@@ -47,6 +49,7 @@ pub fn sample(
     lines.shuffle(&mut StdRng::seed_from_u64(seed));
     let mut lines = lines.into_iter();
     let (mut ids, mut n_tokens): (Vec<Vec<u32>>, _) = (Vec::new(), 0);
+    let mut texts = Vec::new();
     while n_tokens < budget {
         let Some(line) = lines.next() else { break };
         let mut sequence = encode(&line).map_err(EvalError::Encode)?;
@@ -56,6 +59,7 @@ pub fn sample(
         n_tokens += sequence.len();
         if !sequence.is_empty() {
             ids.push(sequence);
+            texts.push(line);
         }
     }
     ids.sort_by_key(Vec::len);
@@ -63,6 +67,7 @@ pub fn sample(
     Ok(CalibrationText {
         batches: batches(&ids)?,
         held_out: lines.take(n_held_out).collect(),
+        texts,
         sha256,
         n_texts,
         n_tokens,
@@ -91,6 +96,18 @@ impl CalibrationText {
         Self::from_sequences(sequences.step_by(every).map(<[u32]>::to_vec).collect())
     }
 
+    /// The same texts through another tokenizer.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn encoded(&self, encode: &Encode<'_>) -> Result<Self, CompressError> {
+        let ids =
+            self.texts.iter().map(|text| encode(text)).collect::<Result<Vec<_>, _>>().map_err(EvalError::Encode)?;
+        let sample = Self::from_sequences(ids.into_iter().filter(|ids| !ids.is_empty()).collect())?;
+        let (held_out, texts, sha256) = (self.held_out.clone(), self.texts.clone(), self.sha256.clone());
+        Ok(Self { held_out, texts, sha256, ..sample })
+    }
+
     /// A sample of given sequences.
     ///
     /// # Errors
@@ -98,6 +115,6 @@ impl CalibrationText {
     pub fn from_sequences(mut ids: Vec<Vec<u32>>) -> Result<Self, CompressError> {
         ids.sort_by_key(Vec::len);
         let (n_texts, n_tokens) = (ids.len(), ids.iter().map(Vec::len).sum());
-        Ok(Self { batches: batches(&ids)?, held_out: Vec::new(), sha256: String::new(), n_texts, n_tokens })
+        Ok(Self { batches: batches(&ids)?, n_texts, n_tokens, ..Self::default() })
     }
 }

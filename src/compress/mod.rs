@@ -17,6 +17,8 @@ mod progress;
 mod prune;
 mod recipe;
 mod reconstruct;
+mod report;
+mod report_page;
 mod rounding;
 mod run;
 mod sense;
@@ -34,16 +36,18 @@ pub use error::CompressError;
 pub use importance::{Importance, LayerRanking, Measurements, measure, sensitivities};
 pub use lowrank::{Factorization, Factors, break_even, factorize};
 pub use passes::{
-    Compensate, CompressionPass, CorrectBias, Format, LayerReport, MatrixReport, MixedPrecision, Pass, PassReport, Per,
-    PruneStructured, Quantize, Reconstruct, Refusal, Sensitivity, Smooth, Stage, Weighting, Work,
+    Attention, AttentionPattern, AttentionReport, Compensate, CompressionPass, CorrectBias, DropLayers, Format,
+    LayerReport, LowRank, MatrixReport, Metric, MixedPrecision, Pass, PassReport, Per, PruneBlocks, PruneStructured,
+    PruneUnstructured, Quantize, Reconstruct, Refusal, Sensitivity, Smooth, Stage, VocabularyPass, Weighting, Work,
 };
 pub use progress::{Progress, Silent};
 pub use prune::{FFN_PANEL, Plan, apply, plan};
 pub use recipe::{CalibrationSettings, Recipe, Step};
 pub use reconstruct::{Reconstruction, Refit, Target, reconstruct};
+pub use report::{LayerPattern, PartLoss, Report, Speeds, Stop};
 pub use rounding::RangeMethod;
 pub use run::{CompressRequest, Outcome, compress};
 pub use slots::{Group, MatrixSlot};
-pub use sparsity::{Pattern, Score, Sparse, relative_error, sparsify};
+pub use sparsity::{Pattern, Score, Sparse, output_error, sparsify};
 pub use vocabulary::{PrunedVocabulary, Vocabulary, VocabularyError};
 pub use weights::{DenseLinear, Weights};

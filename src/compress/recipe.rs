@@ -23,6 +23,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::CompressError;
 use super::passes::{Pass, Refusal, Stage};
+use super::slots::Group;
 use crate::model::Architecture;
 
 /// What to do to a model.
@@ -161,6 +162,7 @@ impl Recipe {
     /// Naming the line or flag.
     pub fn check(&self, architecture: &Architecture) -> Result<(), CompressError> {
         let mut stored_by: Option<&Pass> = None;
+        let mut stores: Vec<(Group, &Pass)> = Vec::new();
         for step in &self.steps {
             let behaviour = step.pass.behaviour();
             behaviour.check(architecture).map_err(|refusal| self.refusal(step, &refusal))?;
@@ -179,6 +181,13 @@ impl Recipe {
                 (Stage::Store, _) => stored_by = Some(&step.pass),
                 _ => {}
             }
+            let Some(group) = behaviour.stores() else { continue };
+            if let Some((_, earlier)) = stores.iter().find(|(other, _)| other.overlaps(group)) {
+                let reason =
+                    format!("{group}: stores matrices that `{}` has stored before; name other ones", earlier.kind());
+                return Err(self.refusal(step, &Refusal::new("group", reason)));
+            }
+            stores.push((group, &step.pass));
         }
         if let Some(step) = self.first_with_text() {
             if self.calibration.texts.is_none() {
@@ -194,6 +203,18 @@ impl Recipe {
             }
         }
         Ok(())
+    }
+
+    /// Refuses what can be known to be impossible for a tokenizer whose word embedding has `rows` rows.
+    ///
+    /// # Errors
+    /// Naming the line or flag.
+    pub fn check_tokenizer(&self, tokenizer_json: &[u8], rows: usize) -> Result<(), CompressError> {
+        let check = |step: &Step| {
+            let checked = step.pass.behaviour().check_tokenizer(tokenizer_json, rows);
+            checked.map_err(|refusal| self.refusal(step, &refusal))
+        };
+        self.steps.iter().try_for_each(check)
     }
 
     /// Whether a pass measures on calibration text.

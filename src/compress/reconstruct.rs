@@ -26,7 +26,8 @@ use super::observe::{Branch, LayerAlone, LayerTrace, embedded};
 use super::progress::Progress;
 use super::slots::linear_slots;
 use super::weights::{DenseLinear, Weights};
-use crate::model::LinearSlot;
+use crate::exec::candle::WeightSource;
+use crate::model::{LinearSlot, NormSlot};
 
 /// What a refitted branch should give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -148,23 +149,42 @@ pub fn reconstruct(
         Matrices::Outputs => vec![LinearSlot::AttentionOut(layer), LinearSlot::FfnDown(layer)],
         Matrices::All => linear_slots(layer).to_vec(),
     };
-    progress.phase_started("reconstruct", (n_layers * text.batches.len() * (2 + slots(0).len())) as u64);
+    let origins = pruned.origins().to_vec();
+    let n_plays = n_layers + origins.len() * (1 + slots(0).len());
+    progress.phase_started("reconstruct", (n_plays * text.batches.len()) as u64);
     let mut dense_rows = embedded(dense, &text.batches)?;
     let mut pruned_rows = embedded(pruned, &text.batches)?;
     let mut refits = Vec::new();
-    for layer in 0..n_layers {
+    let mut next = 0;
+    for layer in 0..origins.len() {
+        let origin = origins[layer];
         let rows = match settings.matrices {
             Matrices::Outputs => None,
-            Matrices::All => Some(pruned.kept(layer).rows(&dense.architecture().layers[layer])?),
+            Matrices::All => Some(pruned.kept(layer).rows(&dense.architecture().layers[origin])?),
         };
-        let alone = LayerAlone::new(dense, layer)?;
-        let mut wanted = Vec::with_capacity(text.batches.len());
-        for (dense_rows, batch) in dense_rows.iter_mut().zip(&text.batches) {
-            let trace = alone.play(dense_rows, &batch.view(0..batch.n_seqs()))?;
-            wanted.push(Wanted::new(&trace, rows.as_ref(), settings.target)?);
-            *dense_rows = trace.out;
-            progress.advanced(1);
+        // The layers of the dense model up to the next that was kept: what is gone in between is made up for here.
+        let last = origins.get(layer + 1).map_or(n_layers, |&origin| origin) - 1;
+        let mut traces: Vec<LayerTrace> = Vec::with_capacity(text.batches.len());
+        for dense_layer in next..=last {
+            let alone = LayerAlone::new(dense, dense_layer)?;
+            for (index, (dense_rows, batch)) in dense_rows.iter_mut().zip(&text.batches).enumerate() {
+                let trace = alone.play(dense_rows, &batch.view(0..batch.n_seqs()))?;
+                *dense_rows = trace.out.clone();
+                if dense_layer == origin {
+                    traces.push(trace);
+                } else if dense_layer == last {
+                    traces[index].ffn = trace.ffn;
+                }
+                progress.advanced(1);
+            }
         }
+        next = last + 1;
+        if last != origin {
+            // The stream that is fitted is that before this norm.
+            pruned.replace_norm(NormSlot::Ffn(layer), dense.norm(NormSlot::Ffn(last))?);
+        }
+        let wanted = traces.iter().map(|trace| Wanted::new(trace, rows.as_ref(), settings.target));
+        let wanted = wanted.collect::<candle_core::Result<Vec<_>>>()?;
         for slot in slots(layer) {
             let start = pruned.dense(slot).clone();
             let mut moments = Moments::new(start.n_in, start.n_out);

@@ -4,22 +4,23 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::artefact::{self, CARD_FILE, RECIPE_FILE, WEIGHTS_FILE};
+use super::artefact::{self, CARD_FILE, RECIPE_FILE, REPORT_FILES, WEIGHTS_FILE};
 use super::calibration::{CalibrationText, sample};
-use super::measure::measure_quality;
-use super::passes::{PassReport, Stage, Work};
+use super::measure::{Probe, measure_quality};
+use super::passes::{PassReport, Stage, Work, owned_encoder};
 use super::progress::Progress;
 use super::recipe::Recipe;
+use super::report::{Report, Speeds, Stop, part_losses};
 use super::weights::Weights;
-use super::{CompressError, card};
+use super::{CompressError, card, golden, report_page};
 use crate::checkpoint::{
     ArtefactDir, Calibration, Checkpoint, FORMAT_VERSION, MANIFEST_FILE, Manifest, OpenOptions, Pruning,
     Recipe as RecipeRecord, SizeReport, Source, sha256_hex,
 };
-use crate::eval::{Encode, encoder};
-use crate::exec::Runtime;
+use crate::eval::{Contender, Encode, SpeedSettings, compare, encoder, made_up_sequences, measure_speed};
 use crate::exec::cost::linear_macs_per_token;
-use crate::model::{Architecture, Band};
+use crate::exec::{Runtime, candle_model};
+use crate::model::{Architecture, Band, Forward, LayerConfig};
 use crate::text::Tokenizer;
 
 /// Texts kept apart from calibration to measure the result on.
@@ -42,6 +43,8 @@ pub struct CompressRequest {
     pub band: Option<Band>,
     /// Longest input in tokens (default: the source's).
     pub max_input_tokens: Option<usize>,
+    /// Whether the report tells the speed on this machine; its bytes then differ from run to run.
+    pub speed: bool,
 }
 
 impl CompressRequest {
@@ -56,6 +59,7 @@ impl CompressRequest {
             recipe,
             band: None,
             max_input_tokens: None,
+            speed: false,
         }
     }
 
@@ -86,8 +90,8 @@ pub struct Outcome {
     pub out: PathBuf,
     /// Its manifest: sizes, shapes, quality.
     pub manifest: Manifest,
-    /// What each pass did.
-    pub passes: Vec<PassReport>,
+    /// What each pass did, and what is left.
+    pub report: Report,
 }
 
 /// Compresses a model: the passes of the recipe in order, then write, then measure what was written. The target appears
@@ -113,6 +117,7 @@ pub fn compress(
         return Err(CompressError::AlreadyCompressed(request.model.clone()));
     }
     recipe.check(source.architecture())?;
+    recipe.check_tokenizer(source.tokenizer_json(), source.architecture().vocab_size)?;
     check_space(&request.out, source.architecture(), source.tokenizer_json().len() as u64)?;
     let tokenizer = Tokenizer::from_bytes(source.tokenizer_json())?;
     let encode = encoder(&tokenizer, source.architecture().max_input_tokens);
@@ -122,19 +127,24 @@ pub fn compress(
     let mut work = Work {
         model: dense.clone(),
         reference: dense.clone(),
-        dense,
+        dense: dense.clone(),
         text: text.clone(),
         seed: recipe.seed,
-        encode: &encode,
+        encode: owned_encoder(source.tokenizer_json(), source.architecture().max_input_tokens)?,
+        tokenizer_json: source.tokenizer_json().to_vec(),
+        vocab_txt: None,
         runtime,
     };
-    let passes = run_passes(recipe, &mut work, progress)?;
-    let Work { dense, model, .. } = work;
+    let (passes, way) = run_passes(recipe, &mut work, &encode, source.weights_bytes() as u64, progress)?;
+    let Work { dense: teacher, mut model, encode: encode_now, tokenizer_json, vocab_txt, .. } = work;
+    model.settle();
+    let probe = Probe::of(text.as_deref());
+    let parts = part_losses(&teacher, &model, &probe, &*encode_now, progress)?;
 
     let dir = ArtefactDir::create(&request.out, request.force)?;
     progress.phase_started("write", 1);
     let artefact_bytes = artefact::write_weights(&dir, &model)?;
-    let mut files = artefact::side_files(&source, &model)?;
+    let mut files = artefact::side_files(&source, &model, tokenizer_json, vocab_txt)?;
     files.insert(RECIPE_FILE.to_owned(), recipe.to_toml().into_bytes());
     let mut manifest = manifest(request, &source, &model, text.as_deref(), &passes)?;
     manifest.size.artefact_bytes = artefact_bytes;
@@ -148,21 +158,70 @@ pub fn compress(
     progress.phase_finished();
     let written = Arc::new(Checkpoint::open(dir.path())?);
     let held_out = text.as_ref().map_or(&[][..], |text| &text.held_out);
-    measure_quality(&mut manifest, &dense, &written, runtime, &encode, held_out, progress)?;
+    measure_quality(&mut manifest, &dense, &written, runtime, (&encode, &*encode_now), held_out, progress)?;
 
+    let mut report = Report::new(&source, &written, &manifest, passes, way, parts)?;
+    if request.speed {
+        report.speed = Some(measure_speeds(&source, &written, runtime, progress)?);
+    }
+    let [json, html] = REPORT_FILES;
+    files.insert(json.to_owned(), report.to_json());
+    files.insert(html.to_owned(), report_page::page(&report).into_bytes());
+    for name in REPORT_FILES {
+        dir.write(name, &files[name])?;
+    }
     files.insert(CARD_FILE.to_owned(), card::card(&manifest).into_bytes());
     dir.write(CARD_FILE, &files[CARD_FILE])?;
     manifest.files = files.iter().map(|(name, bytes)| (name.clone(), sha256_hex(bytes))).collect();
     manifest.files.insert(WEIGHTS_FILE.to_owned(), written.weights_sha256());
     dir.write(MANIFEST_FILE, &manifest.to_json()?)?;
     drop(written);
-    Ok(Outcome { out: dir.commit()?, manifest, passes })
+    Ok(Outcome { out: dir.commit()?, manifest, report })
 }
 
-fn run_passes(recipe: &Recipe, work: &mut Work<'_>, progress: &dyn Progress) -> Result<Vec<PassReport>, CompressError> {
-    let size = |model: &Weights| {
-        (model.bytes(), linear_macs_per_token(&model.architecture().layers, model.architecture().d_model))
+/// The source in f32 and the artefact, in turn on made-up inputs.
+fn measure_speeds(
+    source: &Checkpoint,
+    written: &Arc<Checkpoint>,
+    runtime: &Runtime,
+    progress: &dyn Progress,
+) -> Result<Speeds, CompressError> {
+    let settings = SpeedSettings { rounds: 3, requests: 20, ..SpeedSettings::default() };
+    let sequences = |checkpoint: &Checkpoint| made_up_sequences(checkpoint.architecture(), 64, 0);
+    let (before, after) = (sequences(source), sequences(written));
+    let mut source_workers: [Box<dyn Forward>; 1] = [Box::new(candle_model(source)?)];
+    let mut workers: [Box<dyn Forward>; 1] = [Box::new(runtime.player(written)?)];
+    let mut contenders = [
+        Contender { workers: &mut source_workers, sequences: &before },
+        Contender { workers: &mut workers, sequences: &after },
+    ];
+    progress.phase_started("measure speed", 2 * (settings.rounds as u64 + 1));
+    let speeds = measure_speed(&mut contenders, &settings, |n| progress.advanced(n as u64))?;
+    progress.phase_finished();
+    let [source, artefact]: [_; 2] = speeds.try_into().expect("one speed of each of two contenders");
+    Ok(Speeds { machine: runtime.describe(), source, artefact })
+}
+
+type Ways = (Vec<PassReport>, Vec<Stop>);
+
+/// The passes in order; `before` is the encoder of the source, whose tensors take `source_bytes`.
+fn run_passes(
+    recipe: &Recipe,
+    work: &mut Work<'_>,
+    before: &Encode<'_>,
+    source_bytes: u64,
+    progress: &dyn Progress,
+) -> Result<Ways, CompressError> {
+    let probe = Probe::of(work.text.as_deref());
+    let expected = probe.embeddings(&work.dense, before)?;
+    let start = Stop {
+        after: "source".to_owned(),
+        bytes: source_bytes,
+        macs_per_token: work.dense.macs_per_token(),
+        cosine: 1.0,
     };
+    let mut way = vec![start];
+    let size = |model: &Weights| (model.bytes(), model.macs_per_token());
     let mut reports = Vec::with_capacity(recipe.steps.len());
     let mut stored = false;
     for step in &recipe.steps {
@@ -171,9 +230,13 @@ fn run_passes(recipe: &Recipe, work: &mut Work<'_>, progress: &dyn Progress) -> 
             work.reference = work.model.clone();
         }
         stored |= behaviour.stage() == Stage::Store;
-        let before = size(&work.model);
+        let at_first = size(&work.model);
         let report = behaviour.run(work, progress)?;
         let after = size(&work.model);
+        let found = compare(&expected, &probe.embeddings(&work.model, &*work.encode)?)?;
+        let cosine = golden::round_cosine(found.mean);
+        let (bytes, macs_per_token) = after;
+        way.push(Stop { after: step.pass.kind().to_owned(), bytes, macs_per_token, cosine });
         let mut settings = serde_json::to_value(&step.pass).unwrap_or_default();
         if let Some(fields) = settings.as_object_mut() {
             fields.remove("kind");
@@ -182,12 +245,13 @@ fn run_passes(recipe: &Recipe, work: &mut Work<'_>, progress: &dyn Progress) -> 
             kind: step.pass.kind().to_owned(),
             summary: behaviour.summary(),
             settings,
-            bytes: (before.0, after.0),
-            macs_per_token: (before.1, after.1),
+            bytes: (at_first.0, after.0),
+            macs_per_token: (at_first.1, after.1),
+            cosine: Some(cosine),
             ..report
         });
     }
-    Ok(reports)
+    Ok((reports, way))
 }
 
 fn manifest(
@@ -201,7 +265,13 @@ fn manifest(
     let license =
         artefact::read_source(source, CARD_FILE)?.and_then(|bytes| card::license_of(&String::from_utf8_lossy(&bytes)));
     let importance = passes.iter().find_map(|pass| pass.settings.get("importance")?.as_str().map(str::to_owned));
-    let pruned = before.layers.iter().zip(&after.layers).any(|(a, b)| (a.n_heads, a.d_ffn) != (b.n_heads, b.d_ffn));
+    // Of a layer that is gone nothing is left.
+    let left = |layer: usize| model.origins().iter().position(|&origin| origin == layer).map(|now| &after.layers[now]);
+    let kept = |of: fn(&LayerConfig) -> usize| -> Vec<(usize, usize)> {
+        before.layers.iter().enumerate().map(|(layer, config)| (of(config), left(layer).map_or(0, of))).collect()
+    };
+    let (heads, ffn) = (kept(|layer| layer.n_heads), kept(|layer| layer.d_ffn));
+    let pruned = heads.iter().chain(&ffn).any(|(before, after)| before != after);
     Ok(Manifest {
         format_version: FORMAT_VERSION,
         generator: artefact::generator(),
@@ -225,8 +295,8 @@ fn manifest(
         }),
         pruning: pruned.then(|| Pruning {
             importance: importance.unwrap_or_default(),
-            heads: before.layers.iter().zip(&after.layers).map(|(a, b)| (a.n_heads, b.n_heads)).collect(),
-            ffn: before.layers.iter().zip(&after.layers).map(|(a, b)| (a.d_ffn, b.d_ffn)).collect(),
+            heads,
+            ffn,
             macs_per_token: (
                 linear_macs_per_token(&before.layers, before.d_model),
                 linear_macs_per_token(&after.layers, after.d_model),

@@ -81,6 +81,14 @@ impl Group {
     }
 }
 
+impl Group {
+    /// Whether a matrix can belong to both.
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        self == Self::All || other == Self::All || self == other
+    }
+}
+
 impl fmt::Display for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -114,7 +114,7 @@ pub fn sparsify(weight: &Mat<f64>, moments: &Mat<f64>, pattern: Pattern, score: 
 
 /// `tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ)`.
 #[must_use]
-pub fn relative_error(weight: &Mat<f64>, other: &Mat<f64>, moments: &Mat<f64>) -> f64 {
+pub fn output_error(weight: &Mat<f64>, other: &Mat<f64>, moments: &Mat<f64>) -> f64 {
     let energy = |matrix: &Mat<f64>| {
         let product = matrix * moments;
         (0..matrix.ncols())

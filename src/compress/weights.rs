@@ -13,7 +13,7 @@ use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
 use crate::model::{Architecture, HeadSlot, LayerConfig, LinearSlot, NormSlot};
-use crate::quant::Weight;
+use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// A linear layer `y = x Wᵀ + b`.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +26,16 @@ pub struct DenseLinear {
     pub weight: Vec<f32>,
     /// `[n_out]`.
     pub bias: Vec<f32>,
+}
+
+/// The same place in another layer.
+fn moved(slot: LinearSlot, layer: usize) -> LinearSlot {
+    match slot {
+        LinearSlot::Qkv(_) => LinearSlot::Qkv(layer),
+        LinearSlot::AttentionOut(_) => LinearSlot::AttentionOut(layer),
+        LinearSlot::FfnUp(_) => LinearSlot::FfnUp(layer),
+        LinearSlot::FfnDown(_) => LinearSlot::FfnDown(layer),
+    }
 }
 
 /// A form's name in reports and manifests.
@@ -75,6 +85,8 @@ pub struct Weights {
     tables: BTreeMap<MatrixSlot, Arc<Vec<f32>>>,
     forms: BTreeMap<MatrixSlot, Arc<Weight<'static>>>,
     kept: Vec<Kept>,
+    /// Which layer of the source each layer was.
+    origins: Vec<usize>,
     /// The classification head; no pass changes it.
     head: BTreeMap<HeadSlot, DenseLinear>,
 }
@@ -122,7 +134,8 @@ impl Weights {
         let whole =
             |layer: &LayerConfig| Kept { heads: (0..layer.n_heads).collect(), neurons: (0..layer.d_ffn).collect() };
         let kept = architecture.layers.iter().map(whole).collect();
-        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new(), kept, head })
+        let origins = (0..architecture.layers.len()).collect();
+        Ok(Self { architecture, linears, norms, tables, forms: BTreeMap::new(), kept, origins, head })
     }
 
     /// The model's shape.
@@ -243,6 +256,135 @@ impl Weights {
         let form = self.form(slot).map_or("", form_name);
         let bits = self.matrix_bytes(slot) as f64 * 8.0 / self.values(slot).len() as f64;
         MatrixReport { form: form.to_owned(), bits: Some(bits), ..slot.report() }
+    }
+
+    /// Multiply-accumulates per token of the linear layers, as they are stored.
+    #[must_use]
+    pub fn macs_per_token(&self) -> u64 {
+        let of = |(&slot, linear): (&LinearSlot, &DenseLinear)| match self.form(MatrixSlot::Linear(slot)) {
+            Some(form) => form.macs(linear.n_out, linear.n_in),
+            None => (linear.n_out * linear.n_in) as u64,
+        };
+        self.linears.iter().map(of).sum()
+    }
+
+    /// Bytes of the matrices of a layer, or of the tables.
+    #[must_use]
+    pub fn bytes_of(&self, layer: Option<usize>) -> u64 {
+        let is_of = |slot: &MatrixSlot| match slot {
+            MatrixSlot::Linear(linear) => layer == Some(linear.layer()),
+            _ => layer.is_none(),
+        };
+        self.slots().into_iter().filter(is_of).map(|slot| self.matrix_bytes(slot)).sum()
+    }
+
+    /// Gives what no pass has stored the form that it is written in: INT8 per row.
+    pub fn settle(&mut self) {
+        for slot in self.slots() {
+            if self.form(slot).is_none() {
+                let (codes, scale) = quantize_rows_symmetric(self.values(slot), self.shape(slot).1);
+                self.store(slot, Weight::Int8 { codes: codes.into(), scale: scale.into() });
+            }
+        }
+    }
+
+    /// Which layer of the source each layer was.
+    #[must_use]
+    pub fn origins(&self) -> &[usize] {
+        &self.origins
+    }
+
+    /// Replaces a LayerNorm.
+    ///
+    /// # Panics
+    /// If the width changes.
+    pub fn replace_norm(&mut self, slot: NormSlot, norm: NormWeights) {
+        assert!(norm.gain.len() == self.architecture.d_model, "a norm changes its width");
+        self.norms.insert(slot, norm);
+    }
+
+    /// Keeps only `layers` (indices in rising order).
+    ///
+    /// # Errors
+    /// If none is kept.
+    pub fn keep_layers(&mut self, layers: &[usize]) -> Result<(), CompressError> {
+        let mut spec = self.architecture.spec();
+        spec.layers = layers.iter().map(|&layer| spec.layers[layer]).collect();
+        self.architecture = Architecture::new(spec)?;
+        self.origins = layers.iter().map(|&layer| self.origins[layer]).collect();
+        self.kept = layers.iter().map(|&layer| self.kept[layer].clone()).collect();
+        let place = |layer: usize| layers.iter().position(|&kept| kept == layer);
+        let linears = std::mem::take(&mut self.linears).into_iter();
+        self.linears = linears.filter_map(|(slot, linear)| Some((moved(slot, place(slot.layer())?), linear))).collect();
+        let norms = std::mem::take(&mut self.norms).into_iter().filter_map(|(slot, norm)| {
+            let slot = match slot {
+                NormSlot::Embedding => slot,
+                NormSlot::Attention(layer) => NormSlot::Attention(place(layer)?),
+                NormSlot::Ffn(layer) => NormSlot::Ffn(place(layer)?),
+            };
+            Some((slot, norm))
+        });
+        self.norms = norms.collect();
+        let forms = std::mem::take(&mut self.forms).into_iter().filter_map(|(slot, form)| match slot {
+            MatrixSlot::Linear(linear) => Some((MatrixSlot::Linear(moved(linear, place(linear.layer())?)), form)),
+            table => Some((table, form)),
+        });
+        self.forms = forms.collect();
+        Ok(())
+    }
+
+    /// Keeps only `rows` (in rising order) of the word embedding.
+    ///
+    /// # Errors
+    /// If none is kept.
+    pub fn keep_words(&mut self, rows: &[u32]) -> Result<(), CompressError> {
+        let width = self.architecture.d_model;
+        let mut spec = self.architecture.spec();
+        spec.vocab_size = rows.len();
+        self.architecture = Architecture::new(spec)?;
+        let old = &self.tables[&MatrixSlot::Word];
+        let kept = rows.iter().flat_map(|&row| &old[row as usize * width..(row as usize + 1) * width]);
+        let kept: Vec<f32> = kept.copied().collect();
+        self.tables.insert(MatrixSlot::Word, Arc::new(kept));
+        self.forms.remove(&MatrixSlot::Word);
+        Ok(())
+    }
+
+    /// Takes attention patterns, the longest input and whether positions repeat from `other`.
+    ///
+    /// # Errors
+    /// If they do not fit.
+    pub fn set_attention(&mut self, other: &Architecture) -> Result<(), CompressError> {
+        let mut spec = self.architecture.spec();
+        spec.layers.iter_mut().zip(&other.layers).for_each(|(layer, other)| layer.band = other.band);
+        spec.positions.tiled = other.positions.tiled;
+        spec.max_input_tokens = other.max_input_tokens;
+        self.architecture = Architecture::new(spec)?;
+        Ok(())
+    }
+
+    /// Takes a whole layer from `other`, which must be as wide.
+    ///
+    /// # Errors
+    /// If it does not fit.
+    pub fn take_layer(&mut self, layer: usize, other: &Self, of_other: usize) -> Result<(), CompressError> {
+        let mut spec = self.architecture.spec();
+        spec.layers[layer] = other.architecture.layers[of_other];
+        self.architecture = Architecture::new(spec)?;
+        for (to, from) in linear_slots(layer).into_iter().zip(linear_slots(of_other)) {
+            self.linears.insert(to, other.linears[&from].clone());
+            self.forms.remove(&MatrixSlot::Linear(to));
+        }
+        self.norms.insert(NormSlot::Attention(layer), other.norms[&NormSlot::Attention(of_other)].clone());
+        self.norms.insert(NormSlot::Ffn(layer), other.norms[&NormSlot::Ffn(of_other)].clone());
+        Ok(())
+    }
+
+    /// Takes the embedding tables from `other`, which must have as many rows.
+    pub fn take_tables(&mut self, other: &Self) {
+        self.tables.clone_from(&other.tables);
+        self.norms.insert(NormSlot::Embedding, other.norms[&NormSlot::Embedding].clone());
+        self.forms.retain(|slot, _| matches!(slot, MatrixSlot::Linear(_)));
     }
 
     /// Keeps only `heads` (indices in rising order) of a layer.

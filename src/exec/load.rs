@@ -54,6 +54,12 @@ impl Runtime {
         self.isa
     }
 
+    /// Instruction set and threads, for reports.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!("{} threads, {}", self.cores.n_cores(), self.isa)
+    }
+
     /// The INT8 player of a checkpoint, as `serve` runs it.
     ///
     /// # Errors

@@ -37,6 +37,10 @@ impl CompressionPass for MixedPrecision {
         Stage::Store
     }
 
+    fn stores(&self) -> Option<crate::compress::Group> {
+        Some(self.store.group)
+    }
+
     fn needs_text(&self) -> bool {
         true
     }

@@ -1,14 +1,22 @@
 //! What a recipe can ask for: one file per pass, one line in the list below.
 
+mod attention;
 mod correct_bias;
+mod drop_layers;
+mod low_rank;
 mod mixed_precision;
+mod prune_blocks;
 mod prune_structured;
+mod prune_unstructured;
 mod quantize;
 mod reconstruct;
 mod report;
 mod sensitivity;
 mod smooth;
+mod vocabulary;
+mod zeros;
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -16,20 +24,29 @@ use serde::{Deserialize, Serialize};
 use super::CompressError;
 use super::calibration::CalibrationText;
 use super::progress::Progress;
+use super::slots::Group;
 use super::weights::Weights;
-use crate::eval::Encode;
+use crate::eval::{Encode, encoder};
 use crate::exec::Runtime;
 use crate::model::Architecture;
+use crate::text::Tokenizer;
 
+pub use attention::{Attention, Pattern as AttentionPattern};
 pub use correct_bias::CorrectBias;
+pub use drop_layers::DropLayers;
+pub use low_rank::{LowRank, Metric};
 pub use mixed_precision::MixedPrecision;
+pub use prune_blocks::PruneBlocks;
 pub use prune_structured::PruneStructured;
+pub use prune_unstructured::PruneUnstructured;
 pub use quantize::{Compensate, Format, Per, Quantize, Weighting};
 pub use reconstruct::Reconstruct;
 pub(super) use report::relative_error;
-pub use report::{LayerReport, MatrixReport, PassReport};
+pub use report::{AttentionReport, LayerReport, MatrixReport, PassReport};
 pub use sensitivity::Sensitivity;
 pub use smooth::Smooth;
+pub use vocabulary::Vocabulary as VocabularyPass;
+use vocabulary::Vocabulary;
 
 /// What passes work on.
 pub struct Work<'a> {
@@ -43,8 +60,12 @@ pub struct Work<'a> {
     pub text: Option<Arc<CalibrationText>>,
     /// Seed of every random choice.
     pub seed: u64,
-    /// Text to token ids.
-    pub encode: &'a Encode<'a>,
+    /// Text to token ids, as the model under work reads it.
+    pub encode: Rc<Encode<'static>>,
+    /// The tokenizer of the model under work.
+    pub tokenizer_json: Vec<u8>,
+    /// Its vocabulary as a list, when a pass has changed it.
+    pub vocab_txt: Option<Vec<u8>>,
     /// The serving player on this machine, for what is measured rather than counted.
     pub runtime: &'a Runtime,
 }
@@ -63,6 +84,26 @@ impl Work<'_> {
     pub fn text(&self) -> Result<Arc<CalibrationText>, CompressError> {
         self.text.clone().ok_or(CompressError::NoText)
     }
+}
+
+impl Work<'_> {
+    /// Makes [`Work::encode`] anew, after the tokenizer or the longest input has changed.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot be read.
+    pub(super) fn refresh_encoder(&mut self) -> Result<(), CompressError> {
+        self.encode = owned_encoder(&self.tokenizer_json, self.model.architecture().max_input_tokens)?;
+        Ok(())
+    }
+}
+
+/// An encoder that owns its tokenizer.
+///
+/// # Errors
+/// If the tokenizer cannot be read.
+pub(super) fn owned_encoder(tokenizer_json: &[u8], max_tokens: usize) -> Result<Rc<Encode<'static>>, CompressError> {
+    let tokenizer = Tokenizer::from_bytes(tokenizer_json)?;
+    Ok(Rc::new(move |text: &str| encoder(&tokenizer, max_tokens)(text)))
 }
 
 /// Where in a recipe a pass may stand.
@@ -110,6 +151,19 @@ pub trait CompressionPass {
     /// # Errors
     /// Naming the field.
     fn check(&self, architecture: &Architecture) -> Result<(), Refusal>;
+
+    /// Refuses what can be known to be impossible for a tokenizer whose word embedding has `rows` rows.
+    ///
+    /// # Errors
+    /// Naming the field.
+    fn check_tokenizer(&self, _tokenizer_json: &[u8], _rows: usize) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    /// The matrices whose stored form it fixes; those of two passes may not overlap.
+    fn stores(&self) -> Option<Group> {
+        None
+    }
 
     /// Does it.
     ///
@@ -162,9 +216,15 @@ macro_rules! passes {
 }
 
 passes! {
+    "vocabulary" => Vocabulary,
+    "drop-layers" => DropLayers,
+    "attention" => Attention,
     "prune-structured" => PruneStructured,
     "reconstruct" => Reconstruct,
     "smooth" => Smooth,
+    "prune-blocks" => PruneBlocks,
+    "prune-unstructured" => PruneUnstructured,
+    "low-rank" => LowRank,
     "quantize" => Quantize,
     "mixed-precision" => MixedPrecision,
     "correct-bias" => CorrectBias,

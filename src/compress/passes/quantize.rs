@@ -25,6 +25,10 @@ impl CompressionPass for Quantize {
         Stage::Store
     }
 
+    fn stores(&self) -> Option<Group> {
+        Some(self.group)
+    }
+
     fn needs_text(&self) -> bool {
         self.weighting != Weighting::None || self.compensate != Compensate::None
     }

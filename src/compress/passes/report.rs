@@ -1,6 +1,8 @@
 //! What a pass tells about what it did. Nothing here depends on the machine's speed: reports belong to the artefact,
 //! whose bytes are reproducible.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use crate::model::LayerConfig;
@@ -22,6 +24,12 @@ pub struct PassReport {
     pub layers: Vec<LayerReport>,
     /// Matrices that changed.
     pub matrices: Vec<MatrixReport>,
+    /// What an attention pattern changes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention: Option<AttentionReport>,
+    /// Cosine to the uncompressed model after the pass, in f32 on a few texts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cosine: Option<f64>,
     /// What else should be known.
     pub notes: Vec<String>,
 }
@@ -66,6 +74,33 @@ pub struct MatrixReport {
     /// Loss of the sentence embedding, `1 − cosine`, when only this matrix is changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<f64>,
+}
+
+/// An attention pattern against full attention: the same weights, in f32, on documents longer than most texts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AttentionReport {
+    /// Documents.
+    pub n_documents: usize,
+    /// Tokens of each.
+    pub n_tokens: usize,
+    /// Share of the pairs of query and key that are still visited.
+    pub pairs: f64,
+    /// Mean cosine to the embedding with full attention.
+    pub cosine_mean: f64,
+    /// The smallest.
+    pub cosine_min: f64,
+}
+
+impl fmt::Display for AttentionReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { n_documents, n_tokens, pairs, cosine_mean, cosine_min } = self;
+        write!(
+            f,
+            "{n_documents} documents of {n_tokens} tokens: {:.1} % of the pairs are visited; cosine to full attention {cosine_mean:.4} \
+             in the mean, {cosine_min:.4} at least",
+            pairs * 100.0
+        )
+    }
 }
 
 impl LayerReport {

@@ -43,7 +43,7 @@ pub(super) struct Alone {
 
 /// The embeddings of `texts` by a model in memory, in f32.
 fn embeddings(model: &Weights, work: &Work<'_>, texts: &[&str]) -> Result<Embeddings, CompressError> {
-    Ok(embed(&mut reference_player(model, false)?, work.encode, texts, |_| ())?)
+    Ok(embed(&mut reference_player(model, false)?, &*work.encode, texts, |_| ())?)
 }
 
 /// Stores each matrix of the settings' group alone and measures what the embedding loses.
