@@ -244,6 +244,18 @@ impl Recipe {
         }
     }
 
+    /// An error of a running pass with its place in the recipe, when it is about a setting.
+    pub(super) fn located(&self, step: &Step, error: CompressError) -> CompressError {
+        match (error, &self.file) {
+            (CompressError::Setting { setting, reason }, Some(file)) => CompressError::Recipe {
+                file: file.clone(),
+                line: step.fields.get(&setting).copied().unwrap_or(step.line),
+                reason: format!("{}: {setting}: {reason}", step.pass.kind()),
+            },
+            (error, _) => error,
+        }
+    }
+
     /// The recipe as TOML with every setting spelt out, whatever it was made from. Where the texts stand is left out:
     /// the manifest names them by their hash.
     ///

@@ -231,7 +231,7 @@ fn run_passes(
         }
         stored |= behaviour.stage() == Stage::Store;
         let at_first = size(&work.model);
-        let report = behaviour.run(work, progress)?;
+        let report = behaviour.run(work, progress).map_err(|error| recipe.located(step, error))?;
         let after = size(&work.model);
         let found = compare(&expected, &probe.embeddings(&work.model, &*work.encode)?)?;
         let cosine = golden::round_cosine(found.mean);

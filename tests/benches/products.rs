@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench products` gives criterion's statistics. `cargo bench --bench products -- --ratios` measures all
 //! forms of a shape in turns, so that a machine's slow phases fall on all alike, and prints how many times as fast as dense
-//! INT8 each is.
+//! INT8 each is; a number after it measures that number of rows alone. Factors are two products, with what is between them
+//! rounded to codes.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench that cannot go on fails")]
 
 use std::hint::black_box;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use niwaki::kernels::forms::PackedMatrix;
 use niwaki::kernels::layout::{CodeRows, PANEL, RowScale, code_stride};
-use niwaki::kernels::{Isa, KernelSet};
+use niwaki::kernels::{Block, CodeRowsMut, Isa, KernelSet};
 use niwaki::quant::{BlockSparse, Codebook4, Weight, pack_matrix, quantize_rows_affine, quantize_rows_symmetric};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -28,8 +29,15 @@ fn codebook(values: &[f32], n_in: usize, table: [i8; 16], wanted: usize) -> Weig
     Weight::Codebook4(Codebook4::nearest(values, n_in, table, scale, None, n_groups))
 }
 
+/// A matrix, or two factors: the second takes the first's results, rounded to codes.
+struct Form {
+    name: String,
+    first: PackedMatrix,
+    second: Option<PackedMatrix>,
+}
+
 /// All forms of one matrix, dense INT8 first.
-fn forms(n_in: usize, n_out: usize) -> Vec<(String, PackedMatrix)> {
+fn forms(n_in: usize, n_out: usize) -> Vec<Form> {
     let mut rng = StdRng::seed_from_u64(1);
     let values: Vec<f32> = (0..n_in * n_out).map(|_| rng.random_range(-1.0f32..1.0)).collect();
     let (codes, scale) = quantize_rows_symmetric(&values, n_in);
@@ -39,19 +47,33 @@ fn forms(n_in: usize, n_out: usize) -> Vec<(String, PackedMatrix)> {
     forms.push(("int8 affine".to_owned(), affine));
     let linear = std::array::from_fn(|i| i8::try_from(i).unwrap() - 8);
     let powers = [-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64, 48];
-    let wide = std::array::from_fn(|i| i8::try_from(i * 16).unwrap_or(127).wrapping_sub(100));
+    let wide = std::array::from_fn(|i| i8::try_from(i16::try_from(i).unwrap() * 17 - 127).unwrap_or(127));
     forms.push(("codebook within 8".to_owned(), codebook(&values, n_in, linear, n_in)));
     forms.push(("codebook within 64".to_owned(), codebook(&values, n_in, powers, n_in)));
     forms.push(("codebook within 127".to_owned(), codebook(&values, n_in, wide, n_in)));
     forms.push(("codebook within 8, groups of 64".to_owned(), codebook(&values, n_in, linear, 64)));
     for width in [64, 32] {
-        for percent in [100, 95, 90, 75, 50, 25, 10] {
+        for percent in [100, 95, 90, 85, 75, 50, 25, 10] {
             let keep: Vec<bool> = (0..n_out / width * n_in / 4).map(|_| rng.random_range(0..100) < percent).collect();
             let sparse = Weight::BlockSparse(BlockSparse::encode(&values, n_in, width, Some(&keep)));
             forms.push((format!("blocks {width}x4 at {percent} %"), sparse));
         }
     }
-    forms.into_iter().map(|(name, weight)| (name, pack_matrix(&weight, &vec![0.0; n_out], n_in))).collect()
+    let pack = |weight: &Weight<'_>, n_out: usize, n_in: usize| pack_matrix(weight, &vec![0.0; n_out], n_in);
+    let mut packed: Vec<Form> = forms
+        .into_iter()
+        .map(|(name, weight)| Form { name, first: pack(&weight, n_out, n_in), second: None })
+        .collect();
+    for rank in [64, 128, 192, 224, 256] {
+        let dense = |n_out: usize, n_in: usize| {
+            let (codes, scale) = quantize_rows_symmetric(&values[..n_out * n_in], n_in);
+            pack(&Weight::Int8 { codes: codes.into(), scale: scale.into() }, n_out, n_in)
+        };
+        let share = 100 * rank * (n_in + n_out) / (n_in * n_out);
+        let name = format!("rank {rank}, {share} % of the products");
+        packed.push(Form { name, first: dense(rank, n_in), second: Some(dense(n_out, rank)) });
+    }
+    packed
 }
 
 struct Input {
@@ -70,17 +92,45 @@ impl Input {
 }
 
 /// All rows, in blocks whose results stay in the L2 cache.
-fn product(set: &KernelSet, x: &Input, weights: &PackedMatrix, out: &mut [f32]) {
+fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
+    let Room { out, middle, codes: between, scales: steps } = room;
+    let panels = |rows: &CodeRows<'_>, weights: &PackedMatrix, out: &mut [f32]| {
+        for (panel, out) in (0..weights.n_panels()).zip(out.chunks_exact_mut(rows.scales.len() * PANEL)) {
+            set.product_f32(rows, weights, panel, out);
+        }
+    };
     for (codes, scales) in x.codes.chunks(BLOCK_ROWS * x.stride).zip(x.scales.chunks(BLOCK_ROWS)) {
         let rows = CodeRows { codes, stride: x.stride, scales };
-        for (panel, out) in (0..weights.n_panels()).zip(out.chunks_exact_mut(scales.len() * PANEL)) {
-            set.product_f32(&rows, weights, panel, out);
-        }
+        let Some(second) = &form.second else {
+            panels(&rows, &form.first, out);
+            continue;
+        };
+        let (n_rows, rank) = (scales.len(), form.first.n_out());
+        panels(&rows, &form.first, middle);
+        let stride = code_stride(rank);
+        let data = &middle[..form.first.n_panels() * n_rows * PANEL];
+        let (codes, scales) = (&mut between[..n_rows * stride], &mut steps[..n_rows]);
+        let mut to = CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales };
+        set.quantize(Block { data, n_rows, n: rank }, 0..n_rows, &mut to);
+        panels(&CodeRows { codes, stride, scales }, second, out);
     }
 }
 
-fn results(weights: &PackedMatrix) -> Vec<f32> {
-    vec![0.0; weights.n_panels() * BLOCK_ROWS * PANEL]
+/// Room for the results of a block of rows, and for what is between two factors.
+struct Room {
+    out: Vec<f32>,
+    middle: Vec<f32>,
+    codes: Vec<u8>,
+    scales: Vec<RowScale>,
+}
+
+impl Room {
+    fn new(n_in: usize, n_out: usize) -> Self {
+        let block = |n: usize| vec![0.0; n.next_multiple_of(PANEL) * BLOCK_ROWS];
+        let scales = vec![RowScale { scale: 1.0, low: 0.0 }; BLOCK_ROWS];
+        let widest = n_in.max(n_out);
+        Self { out: block(n_out), middle: block(widest), codes: vec![0; BLOCK_ROWS * code_stride(widest)], scales }
+    }
 }
 
 fn statistics(criterion: &mut Criterion, set: &KernelSet) {
@@ -90,10 +140,10 @@ fn statistics(criterion: &mut Criterion, set: &KernelSet) {
             let x = Input::new(n_rows, n_in);
             let mut group = criterion.benchmark_group(format!("{} {n_in}x{n_out}", set.isa()));
             group.throughput(Throughput::Elements((n_rows * n_in * n_out) as u64));
-            for (name, weights) in &forms {
-                let mut out = results(weights);
-                group.bench_with_input(BenchmarkId::new(name, n_rows), &n_rows, |bencher, _| {
-                    bencher.iter(|| product(set, &x, weights, black_box(&mut out)));
+            for form in &forms {
+                let mut room = Room::new(n_in, n_out);
+                group.bench_with_input(BenchmarkId::new(&form.name, n_rows), &n_rows, |bencher, _| {
+                    bencher.iter(|| product(set, &x, form, black_box(&mut room)));
                 });
             }
         }
@@ -101,25 +151,25 @@ fn statistics(criterion: &mut Criterion, set: &KernelSet) {
 }
 
 /// The fastest of many turns of each form.
-fn ratios(set: &KernelSet) {
+fn ratios(set: &KernelSet, only: Option<usize>) {
     for (n_in, n_out) in SHAPES {
         let forms = forms(n_in, n_out);
-        for n_rows in ROWS {
+        for n_rows in ROWS.into_iter().filter(|rows| only.is_none_or(|only| *rows == only)) {
             let x = Input::new(n_rows, n_in);
-            let mut out = results(&forms[0].1);
+            let mut room = Room::new(n_in, n_out);
             let mut best = vec![Duration::MAX; forms.len()];
             let repeats = (256 / n_rows).max(1);
             for _ in 0..if n_rows > 1000 { 9 } else { 60 } {
-                for (best, (_, weights)) in best.iter_mut().zip(&forms) {
+                for (best, form) in best.iter_mut().zip(&forms) {
                     let start = Instant::now();
                     for _ in 0..repeats {
-                        product(set, &x, weights, black_box(&mut out));
+                        product(set, &x, form, black_box(&mut room));
                     }
                     *best = (*best).min(start.elapsed());
                 }
             }
             println!("{} {n_in}x{n_out}, {n_rows} rows", set.isa());
-            for (best_of, (name, _)) in best.iter().zip(&forms) {
+            for (best_of, Form { name, .. }) in best.iter().zip(&forms) {
                 let seconds = best_of.as_secs_f64() / repeats as f64;
                 let macs = (n_rows * n_in * n_out) as f64;
                 let ratio = best[0].as_secs_f64() / best_of.as_secs_f64();
@@ -134,8 +184,9 @@ fn main() {
         Ok(name) => Isa::force(name.parse().unwrap()).unwrap(),
         Err(_) => Isa::detect(),
     });
-    if std::env::args().any(|arg| arg == "--ratios") {
-        ratios(&set);
+    let args: Vec<String> = std::env::args().collect();
+    if let Some(place) = args.iter().position(|arg| arg == "--ratios") {
+        ratios(&set, args.get(place + 1).and_then(|rows| rows.parse().ok()));
         return;
     }
     let mut criterion = Criterion::default()

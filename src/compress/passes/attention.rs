@@ -141,10 +141,9 @@ impl CompressionPass for Attention {
     }
 
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
-        let architecture = self.applied(work.model.architecture()).map_err(|refusal| CompressError::Setting {
-            setting: format!("attention: {}", refusal.field),
-            reason: refusal.reason,
-        })?;
+        let architecture = self
+            .applied(work.model.architecture())
+            .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
         progress.phase_started("attention", 2 * N_DOCUMENTS as u64);
         work.model.set_attention(&architecture)?;
         work.reference.set_attention(&architecture)?;

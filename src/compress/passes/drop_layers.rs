@@ -71,10 +71,8 @@ impl CompressionPass for DropLayers {
 
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
         // Earlier passes may have dropped layers since this one was checked.
-        self.check(work.model.architecture()).map_err(|refusal| CompressError::Setting {
-            setting: format!("drop-layers: {}", refusal.field),
-            reason: refusal.reason,
-        })?;
+        self.check(work.model.architecture())
+            .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
         let before = work.model.architecture().layers.clone();
         let mut stay: Vec<usize> = (0..before.len()).collect();
         let mut notes = Vec::new();

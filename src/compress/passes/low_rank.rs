@@ -170,7 +170,7 @@ impl LowRank {
         let parts: Vec<Vec<Choice>> =
             options.iter().map(|options| options.iter().map(|(_, choice)| *choice).collect()).collect();
         let picks = choose(&parts, budget).ok_or_else(|| CompressError::Setting {
-            setting: "low-rank: share".to_owned(),
+            setting: "share".to_owned(),
             reason: format!("{share} of {weights} weights cannot be met, not even with the lowest ranks"),
         })?;
         let ranks = spectra.keys().zip(picks).zip(&options).map(|((slot, pick), options)| (*slot, options[pick].0));

@@ -88,10 +88,8 @@ impl CompressionPass for PruneBlocks {
 
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
         // Earlier passes may have changed shapes since they were checked.
-        self.check(work.model.architecture()).map_err(|refusal| CompressError::Setting {
-            setting: format!("prune-blocks: {}", refusal.field),
-            reason: refusal.reason,
-        })?;
+        self.check(work.model.architecture())
+            .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
         let width = self.width;
         let encode = |values: &[f32], kept: &[bool], cols: usize| {
             let (panels, groups) = (values.len() / cols / width, cols / BLOCK_DEPTH);

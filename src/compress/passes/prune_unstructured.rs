@@ -105,10 +105,8 @@ impl CompressionPass for PruneUnstructured {
 
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
         // Earlier passes may have changed shapes since they were checked.
-        self.check(work.model.architecture()).map_err(|refusal| CompressError::Setting {
-            setting: format!("prune-unstructured: {}", refusal.field),
-            reason: refusal.reason,
-        })?;
+        self.check(work.model.architecture())
+            .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
         let encode = |values: &[f32], _kept: &[bool], cols: usize| Weight::Bitmap(Bitmap::encode(values, cols));
         let slots = linears(&work.model, self.group);
         let matrices = self.zeros().put(work, &slots, &encode, progress)?;
