@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::artefact::{self, CARD_FILE, RECIPE_FILE, REPORT_FILES, WEIGHTS_FILE};
@@ -135,8 +136,9 @@ pub fn compress(
         vocab_txt: None,
         runtime,
     };
-    let (passes, way) = run_passes(recipe, &mut work, &encode, source.weights_bytes() as u64, progress)?;
-    let Work { dense: teacher, mut model, encode: encode_now, tokenizer_json, vocab_txt, .. } = work;
+    let (passes, way) = run_passes(recipe, &mut work, &encode, &source, progress)?;
+    let Work { dense: teacher, mut model, tokenizer_json, vocab_txt, .. } = work;
+    let encode_now = comparable_encoder(&source, &model, &tokenizer_json)?;
     model.settle();
     let probe = Probe::of(text.as_deref());
     let parts = part_losses(&teacher, &model, &probe, &*encode_now, progress)?;
@@ -204,19 +206,29 @@ fn measure_speeds(
 
 type Ways = (Vec<PassReport>, Vec<Stop>);
 
-/// The passes in order; `before` is the encoder of the source, whose tensors take `source_bytes`.
+/// Text to ids as `model` reads it, cut where the source cuts it: an embedding of more text is another embedding.
+fn comparable_encoder(
+    source: &Checkpoint,
+    model: &Weights,
+    tokenizer_json: &[u8],
+) -> Result<Rc<Encode<'static>>, CompressError> {
+    let limit = source.architecture().max_input_tokens.min(model.architecture().max_input_tokens);
+    owned_encoder(tokenizer_json, limit)
+}
+
+/// The passes in order; `before` is the encoder of the source.
 fn run_passes(
     recipe: &Recipe,
     work: &mut Work<'_>,
     before: &Encode<'_>,
-    source_bytes: u64,
+    source: &Checkpoint,
     progress: &dyn Progress,
 ) -> Result<Ways, CompressError> {
     let probe = Probe::of(work.text.as_deref());
     let expected = probe.embeddings(&work.dense, before)?;
     let start = Stop {
         after: "source".to_owned(),
-        bytes: source_bytes,
+        bytes: source.weights_bytes() as u64,
         macs_per_token: work.dense.macs_per_token(),
         cosine: 1.0,
     };
@@ -233,7 +245,8 @@ fn run_passes(
         let at_first = size(&work.model);
         let report = behaviour.run(work, progress).map_err(|error| recipe.located(step, error))?;
         let after = size(&work.model);
-        let found = compare(&expected, &probe.embeddings(&work.model, &*work.encode)?)?;
+        let encode = comparable_encoder(source, &work.model, &work.tokenizer_json)?;
+        let found = compare(&expected, &probe.embeddings(&work.model, &*encode)?)?;
         let cosine = golden::round_cosine(found.mean);
         let (bytes, macs_per_token) = after;
         way.push(Stop { after: step.pass.kind().to_owned(), bytes, macs_per_token, cosine });
