@@ -29,6 +29,9 @@ use crate::quant::{LowRank as Product, Weight, quantize_rows_symmetric};
 /// that save less may be no faster.
 const OVERHEAD: f64 = 1.15;
 
+/// Of every matrix its spectrum and its shape `(rows, cols)`.
+type Spectra = BTreeMap<MatrixSlot, (Factorization, (usize, usize))>;
+
 /// What an error costs while factors are found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -247,7 +250,7 @@ impl LowRank {
         slots: &[MatrixSlot],
         sensed: Option<&Sensitivities>,
         progress: &dyn Progress,
-    ) -> Result<BTreeMap<MatrixSlot, (Factorization, (usize, usize))>, CompressError> {
+    ) -> Result<Spectra, CompressError> {
         let mut spectra = BTreeMap::new();
         let mut add = |slot: MatrixSlot, values: &Mat<f64>, costs: &Costs| {
             let found = factorize(values, costs.rows.as_deref(), costs.columns.as_ref())

@@ -17,6 +17,9 @@ use crate::compress::weights::Weights;
 use crate::model::LinearSlot;
 use crate::quant::Weight;
 
+/// The stored form of a matrix: its numbers, which of them are kept, and its number of columns.
+type Encode<'a> = &'a dyn Fn(&[f32], &[bool], usize) -> Weight<'static>;
+
 /// Settings of both passes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Zeros {
@@ -73,7 +76,7 @@ impl Zeros {
         &self,
         work: &mut Work<'_>,
         slots: &[LinearSlot],
-        encode: &dyn Fn(&[f32], &[bool], usize) -> Weight<'static>,
+        encode: Encode<'_>,
         progress: &dyn Progress,
     ) -> Result<Vec<MatrixReport>, CompressError> {
         progress.phase_started("prune", slots.len() as u64);
@@ -107,7 +110,7 @@ impl Zeros {
         model: &mut Weights,
         slot: LinearSlot,
         moments: &Moments,
-        encode: &dyn Fn(&[f32], &[bool], usize) -> Weight<'static>,
+        encode: Encode<'_>,
     ) -> Result<MatrixReport, CompressError> {
         let start = model.dense(slot).clone();
         let n_in = start.n_in;
