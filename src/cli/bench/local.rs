@@ -1,7 +1,6 @@
 //! In process. A sample is one forward call. Rounds are interleaved over nothing else here; to compare programs, run them in turn.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::bail;
 use serde_json::{Value, json};
@@ -9,8 +8,9 @@ use serde_json::{Value, json};
 use super::super::args::{BenchArgs, Precision};
 use super::super::{model, players};
 use super::{input, percentile, profile};
+use crate::eval::{self, Pass};
 use crate::kernels::peak;
-use crate::model::{Architecture, Forward, LinearSlot, Outputs, RaggedBatch, Want};
+use crate::model::{Architecture, Forward, LinearSlot, RaggedBatch};
 use crate::telemetry::process;
 use crate::text::Tokenizer;
 
@@ -34,7 +34,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
         .into_iter()
         .map(|input| input.into_ids(&tokenizer, architecture.max_input_tokens))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let batches = batches(&sequences, args.max_batch_tokens, args.batch)?;
+    let batches = eval::batches(&sequences, args.max_batch_tokens, args.batch)?;
     let peak = peak::measure(loaded.kernels.isa(), Duration::from_millis(200), loaded.n_threads);
     for _ in 0..args.warmup {
         play(&mut loaded.workers, &batches, architecture)?;
@@ -157,40 +157,13 @@ fn macs(architecture: &Architecture, len: usize) -> f64 {
         .sum()
 }
 
-/// Plays all batches once; with several workers each takes the next batch that is left.
+/// What a pass over all batches took, and what it worked on.
 fn play(
     workers: &mut [Box<dyn Forward>],
     batches: &[RaggedBatch],
     architecture: &Architecture,
 ) -> anyhow::Result<Measured> {
-    let next = AtomicUsize::new(0);
-    let started = Instant::now();
-    let samples = std::thread::scope(|scope| {
-        let threads: Vec<_> = workers
-            .iter_mut()
-            .map(|worker| {
-                scope.spawn(|| -> anyhow::Result<Vec<f64>> {
-                    let mut out = Outputs::default();
-                    let mut samples = Vec::new();
-                    while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let started = Instant::now();
-                        worker.forward(batch, Want::Pooled, &mut out)?;
-                        samples.push(started.elapsed().as_secs_f64());
-                    }
-                    Ok(samples)
-                })
-            })
-            .collect();
-        let mut samples = Vec::new();
-        for thread in threads {
-            match thread.join() {
-                Ok(result) => samples.extend(result?),
-                Err(_) => bail!("a worker panicked"),
-            }
-        }
-        Ok(samples)
-    })?;
-    let wall = started.elapsed().as_secs_f64();
+    let Pass { samples, wall } = eval::play(workers, batches)?;
     let lengths = || batches.iter().flat_map(|batch| (0..batch.n_seqs()).map(|index| batch.sequence(index).len()));
     Ok(Measured {
         samples,
@@ -199,21 +172,4 @@ fn play(
         macs: lengths().map(|len| macs(architecture, len)).sum(),
         wall,
     })
-}
-
-/// Batches in order of length, longest first, within the token budget and the count.
-fn batches(sequences: &[Vec<u32>], max_tokens: usize, max_count: Option<usize>) -> anyhow::Result<Vec<RaggedBatch>> {
-    let mut sorted: Vec<&Vec<u32>> = sequences.iter().collect();
-    sorted.sort_by_key(|ids| std::cmp::Reverse(ids.len()));
-    let mut batches = Vec::new();
-    let mut batch = RaggedBatch::new();
-    for ids in sorted {
-        let full = batch.n_tokens() + ids.len() > max_tokens || max_count.is_some_and(|max| batch.n_seqs() >= max);
-        if full && batch.n_seqs() > 0 {
-            batches.push(std::mem::take(&mut batch));
-        }
-        batch.push(ids)?;
-    }
-    batches.push(batch);
-    Ok(batches)
 }
