@@ -116,10 +116,10 @@ fn with_independent_inputs_the_surgeon_finds_the_best_of_all_choices_of_blocks()
         .filter(|bits| bits.count_ones() == 4)
         .map(|bits| {
             let blocks: Vec<bool> = (0..8).map(|block| (bits >> block) & 1 == 1).collect();
-            output_error(&weight, &masked(&weight, &spread(&blocks, 4, 8, 2, 2)), &moments)
+            super::output_error(&weight, &masked(&weight, &spread(&blocks, 4, 8, 2, 2)), &moments)
         })
         .fold(f64::INFINITY, f64::min);
-    assert!((output_error(&weight, &ours.weight, &moments) - least).abs() < 1e-12);
+    assert!((super::output_error(&weight, &ours.weight, &moments) - least).abs() < 1e-12);
 }
 
 #[test]

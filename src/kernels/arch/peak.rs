@@ -2,27 +2,35 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
+#[cfg(target_arch = "x86_64")]
 use std::hint::black_box;
 
-use crate::kernels::{Isa, IsaName};
+use crate::kernels::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::IsaName;
 
 /// Multiply-accumulates of `rounds` rounds of the instruction set's widest INT8 multiply; `None` where there is none.
+#[cfg(target_arch = "x86_64")]
 pub(in crate::kernels) fn burn(isa: Isa, rounds: u64) -> Option<u64> {
     match isa.name() {
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: holding an `Isa` is the proof that the machine has it.
         IsaName::Avx512Vnni => Some(unsafe { avx512_vnni(rounds) }),
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         IsaName::AvxVnni => Some(unsafe { avx_vnni(rounds) }),
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         IsaName::Avx2 => Some(unsafe { avx2(rounds) }),
         _ => None,
     }
 }
 
+/// Not measured on other processors.
+#[cfg(not(target_arch = "x86_64"))]
+pub(in crate::kernels) fn burn(_isa: Isa, _rounds: u64) -> Option<u64> {
+    None
+}
+
 /// Accumulators: more than two ports times five cycles of latency.
+#[cfg(target_arch = "x86_64")]
 const CHAINS: usize = 12;
 
 #[cfg(target_arch = "x86_64")]
