@@ -10,6 +10,7 @@
 //! | is one too many | 429 for work, an answer to probes, and the end |
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,6 +42,35 @@ const N_SPARE: usize = 64;
 /// How long a connection beyond the limit may be idle.
 const SPARE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a connection that was accepted may still take to say something once the service has begun to close: its
+/// client had connected before, and may have its request on the way.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// A listener and what its connections enter by.
+pub(super) struct Accepting {
+    listener: TcpListener,
+    door: Door,
+}
+
+/// What answers the connections of a port, and the room for them.
+struct Door {
+    port: Port,
+    app: Router,
+    room: Arc<Semaphore>,
+    spare: Arc<Semaphore>,
+}
+
+impl Accepting {
+    pub(super) fn new(port: Port, listener: TcpListener, app: Router, max_connections: usize) -> Self {
+        let (room, spare) = (Arc::new(Semaphore::new(max_connections)), Arc::new(Semaphore::new(N_SPARE)));
+        Self { listener, door: Door { port, app, room, spare } }
+    }
+
+    pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
 /// All connections of the service.
 pub(super) struct Connections {
     tasks: TaskTracker,
@@ -62,48 +92,61 @@ impl Connections {
     }
 
     /// Accepts connections for ever.
-    pub(super) async fn accept(&self, port: Port, listener: &TcpListener, app: &Router) {
-        let room = Arc::new(Semaphore::new(self.state.config.max_connections));
-        let spare = Arc::new(Semaphore::new(N_SPARE));
-        let metrics = &self.state.metrics;
+    pub(super) async fn accept(&self, port: &mut Accepting) {
         loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) if is_the_clients(&error) => {
-                    debug!(%error, "connection lost before it was accepted");
-                    continue;
-                }
+            match port.listener.accept().await {
+                Ok((stream, _)) => self.admit(&port.door, stream),
+                Err(error) if is_the_clients(&error) => debug!(%error, "connection lost before it was accepted"),
                 Err(error) => {
                     // Mostly too many open files: more of the same would come at once, and closing some takes time.
                     warn!(%error, "cannot accept connections");
                     sleep(Duration::from_millis(100)).await;
-                    continue;
                 }
-            };
-            let (permit, crowded) = match Arc::clone(&room).try_acquire_owned() {
-                Ok(permit) => (permit, false),
-                Err(_) => match Arc::clone(&spare).try_acquire_owned() {
-                    Ok(permit) => (permit, true),
-                    Err(_) => {
-                        events::connection_dropped(metrics, Dropped::Limit);
-                        continue;
-                    }
-                },
-            };
-            if crowded {
-                events::connection_dropped(metrics, Dropped::Limit);
             }
-            let open = metrics.connection(port);
-            let connection = self.connection(crowded);
-            let (app, cut) = (app.clone(), self.cut.clone());
-            self.tasks.spawn(async move {
-                tokio::select! {
-                    () = connection.serve(stream, app) => {}
-                    () = cut.cancelled() => {}
-                }
-                drop((open, permit));
-            });
         }
+    }
+
+    /// Accepts what the system holds for the listener, and closes it: to their clients these connections are
+    /// established, and closing the listener alone would reset them.
+    pub(super) fn accept_the_last(&self, port: Accepting) -> io::Result<()> {
+        let Accepting { listener, door } = port;
+        let listener = listener.into_std()?;
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(true)?;
+                    self.admit(&door, TcpStream::from_std(stream)?);
+                }
+                Err(error) if is_the_clients(&error) || error.kind() == io::ErrorKind::Interrupted => {}
+                // Mostly that there are no more.
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// Serves a connection in a task of its own, if there is room for it.
+    fn admit(&self, door: &Door, stream: TcpStream) {
+        let metrics = &self.state.metrics;
+        let (permit, crowded) = match Arc::clone(&door.room).try_acquire_owned() {
+            Ok(permit) => (permit, false),
+            Err(_) => match Arc::clone(&door.spare).try_acquire_owned() {
+                Ok(permit) => (permit, true),
+                Err(_) => return events::connection_dropped(metrics, Dropped::Limit),
+            },
+        };
+        if crowded {
+            events::connection_dropped(metrics, Dropped::Limit);
+        }
+        let open = metrics.connection(door.port);
+        let connection = self.connection(crowded);
+        let (app, cut) = (door.app.clone(), self.cut.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = connection.serve(stream, app) => {}
+                () = cut.cancelled() => {}
+            }
+            drop((open, permit));
+        });
     }
 
     fn connection(&self, crowded: bool) -> Connection {
@@ -153,10 +196,13 @@ impl Connection {
             debug!(%error, "cannot set TCP_NODELAY");
         }
         let closing = self.closing.clone();
+        let mut begin = pin!(self.begin(stream));
         let begun = tokio::select! {
-            begun = self.begin(stream) => begun,
-            () = closing.cancelled() => return,
+            biased;
+            begun = begin.as_mut() => Some(begun),
+            () = closing.cancelled() => timeout(LAST_WORDS, begin.as_mut()).await.ok(),
         };
+        let Some(begun) = begun else { return };
         let result = match begun {
             Ok(Some(Begun::Plain(stream, version))) => self.speak(stream, version, app).await,
             Ok(Some(Begun::Secure(stream, version))) => self.speak(*stream, version, app).await,
@@ -205,6 +251,8 @@ impl Connection {
             ($connection:expr, $idle:expr, $stalled:expr) => {{
                 let mut connection = pin!($connection);
                 tokio::select! {
+                    // First what the client has sent already: a request that is there is answered, whatever else is true.
+                    biased;
                     result = connection.as_mut() => result.map_err(|error| self.reason(&error)),
                     () = $stalled => Err(Some(Dropped::SlowReader)),
                     () = async { tokio::select! { () = self.closing.cancelled() => {} () = $idle => {} } } => {

@@ -1,15 +1,13 @@
 //! The service on a socket: connections, and the end of them.
 
 use std::io;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::time::Duration;
 
-use axum::Router;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::connections::Connections;
+use super::connections::{Accepting, Connections};
 use super::grpc::grpc_router;
 use super::router::{admin_router, public_router, router};
 use super::state::AppState;
@@ -45,34 +43,26 @@ pub async fn serve(
     grace: Duration,
 ) -> io::Result<()> {
     let Listeners { http, grpc, admin } = listeners.into();
-    let grpc = match grpc {
-        Some(listener) => Some((listener.local_addr()?, grpc_router(state.clone()), listener)),
-        None => None,
-    };
-    let admin = match admin {
-        Some(listener) => Some((listener.local_addr()?, admin_router(state.clone()), listener)),
-        None => None,
-    };
-    let address = http.local_addr()?;
+    let port = |port, listener, app| Accepting::new(port, listener, app, state.config.max_connections);
+    let app = if admin.is_some() { public_router(state.clone()) } else { router(state.clone()) };
+    let mut http = port(Port::Http, http, app);
+    let mut grpc = grpc.map(|listener| port(Port::Grpc, listener, grpc_router(state.clone())));
+    let mut admin = admin.map(|listener| port(Port::Admin, listener, admin_router(state.clone())));
+    let address = |port: &Option<Accepting>| port.as_ref().map(Accepting::address).transpose();
+    let (http_address, grpc_address, admin_address) = (http.address()?, address(&grpc)?, address(&admin)?);
     let connections = Connections::new(&state);
     state.readiness().set_ready();
-    let other = |port: &Option<(SocketAddr, Router, TcpListener)>| port.as_ref().map(|(address, ..)| *address);
-    events::ready(state.metrics(), address, other(&grpc), other(&admin));
+    events::ready(state.metrics(), http_address, grpc_address, admin_address);
     let start;
     let end;
     {
-        let app = if admin.is_some() { public_router(state.clone()) } else { router(state.clone()) };
         let mut accepting = pin!(async {
-            let accept = async |port, other: &Option<(SocketAddr, Router, TcpListener)>| {
-                if let Some((_, app, listener)) = other {
-                    connections.accept(port, listener, app).await;
+            let accept = async |other: &mut Option<Accepting>| {
+                if let Some(port) = other {
+                    connections.accept(port).await;
                 }
             };
-            tokio::join!(
-                connections.accept(Port::Http, &http, &app),
-                accept(Port::Grpc, &grpc),
-                accept(Port::Admin, &admin)
-            );
+            tokio::join!(connections.accept(&mut http), accept(&mut grpc), accept(&mut admin));
         });
         tokio::select! {
             () = accepting.as_mut() => {}
@@ -89,7 +79,9 @@ pub async fn serve(
             () = sleep_until(end) => {}
         }
     }
-    drop((http, grpc, admin));
+    for port in [Some(http), grpc, admin].into_iter().flatten() {
+        connections.accept_the_last(port)?;
+    }
     // All that was accepted has been handed in by now, or has run out of time.
     let models = state.models.all();
     models.iter().for_each(|model| model.engine.close());

@@ -14,9 +14,10 @@ import time
 from traffic import Call, Tally, closed_loop, memory, metrics, open_loop, reconcile, settled
 from harness import Server
 
-# Some 80 tokens: long enough that the client's own work beside the server's does not decide.
-TEXT = "A niwaki is a garden tree shaped by pruning, and it stays small because somebody comes back every year. " * 3
-QUEUE = 64  # inputs that the server with arrivals takes at once: a queue that fills within seconds
+# Some 160 tokens: long enough that the clients' work, which grows with what they offer and may share the cores that
+# compute, does not decide.
+TEXT = "A niwaki is a garden tree shaped by pruning, and it stays small because somebody comes back every year. " * 6
+QUEUE = 32  # inputs that the server with arrivals takes at once: a queue that fills within seconds
 ATTEMPTS = 3
 MEMORY = 160e6  # with the queue full: model, buffers of the largest batches, connections and bodies of 1,024 clients
 
