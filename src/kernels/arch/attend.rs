@@ -16,14 +16,16 @@ pub(super) mod integers;
 mod pack;
 pub(super) mod products;
 pub(super) mod table;
+mod tile;
 
 use std::ops::Range;
 
 use self::pack::{Columns, Third};
 use self::products::Products;
+use self::tile::{MASKED, Pooled, Tile, blocks, mask};
 use super::gemm::row_tiles;
 use super::simd::Simd;
-use crate::kernels::attention::{CacheLine, Heads, KEY_BLOCK, KeySlots, QueryKeys, SHARED, SlotRange};
+use crate::kernels::attention::{CacheLine, Heads, KEY_BLOCK, KeySlots, QueryKeys, SlotRange};
 use crate::kernels::layout::PANEL;
 
 pub use self::face::Attention;
@@ -46,6 +48,8 @@ pub(super) struct Attend<'a> {
     head: Head<'a>,
     first: usize,
     keys: &'a [QueryKeys],
+    /// Whether all of them see the same.
+    uniform: bool,
     step: usize,
     packed: *const CacheLine,
     scratch: *mut f32,
@@ -53,8 +57,6 @@ pub(super) struct Attend<'a> {
     out: *mut f32,
 }
 
-/// Slots that are not seen; below every score, and 2^x of it is 0.
-const MASKED: f32 = -1e30;
 /// Most queries of a tile.
 pub(super) const MAX_TILE: usize = 8;
 /// Integer sums over this many slots fit; longer ones are added up in f32.
@@ -72,52 +74,9 @@ pub(super) fn scratch(width: usize, d_padded: usize) -> usize {
     packing.max(MAX_TILE * (d_padded + width))
 }
 
-/// Blocks of slots that the queries of a tile visit, and which queries these are.
-#[derive(Clone, Copy)]
-struct Tile {
-    /// Index of the first query in the block, and distance to the next one.
-    first: usize,
-    step: usize,
-    blocks: [SlotRange; SHARED],
-    /// Slots visited together, and at most by one query for itself.
-    shared: usize,
-    own: usize,
-}
-
-fn blocks(range: SlotRange) -> SlotRange {
-    if range.is_empty() {
-        return SlotRange::default();
-    }
-    SlotRange::new(range.start as usize / KEY_BLOCK, (range.end as usize).div_ceil(KEY_BLOCK))
-}
-
-fn width(ranges: &[SlotRange]) -> usize {
-    ranges.iter().map(|range| range.slots().len() * KEY_BLOCK).sum()
-}
-
-impl Tile {
-    fn new(keys: &[QueryKeys], first: usize, step: usize, n: usize) -> Self {
-        let mut tile = Self { first, step, blocks: Default::default(), shared: 0, own: 0 };
-        for query in 0..n {
-            let keys = &keys[first + query * step];
-            for (all, range) in tile.blocks.iter_mut().zip(keys.shared) {
-                let one = blocks(range);
-                if all.is_empty() {
-                    *all = one;
-                } else if !one.is_empty() {
-                    *all = SlotRange { start: all.start.min(one.start), end: all.end.max(one.end) };
-                }
-            }
-            tile.own = tile.own.max(width(&keys.own.map(blocks)));
-        }
-        tile.shared = width(&tile.blocks);
-        tile
-    }
-}
-
 /// Scores of `Q` queries against `B · V` vectors of slots from block `block` on.
 #[inline(always)]
-unsafe fn score_tile<P: Products, const Q: usize, const V: usize>(
+unsafe fn score_tile<P: Products, const Q: usize, const V: usize, const GROUPS: usize>(
     queries: *const f32,
     keys: *const f32,
     n_groups: usize,
@@ -128,6 +87,8 @@ unsafe fn score_tile<P: Products, const Q: usize, const V: usize>(
     // `[Q, width]` from the tile's column on.
     unsafe {
         let lanes = P::S::LANES;
+        // Known when this is compiled, for the usual width of a head.
+        let n_groups = if GROUPS > 0 { GROUPS } else { n_groups };
         let mut sums = [[P::zero(); V]; Q];
         for group in 0..n_groups {
             let mut key = [P::load(keys.add(group * KEY_BLOCK)); V];
@@ -168,10 +129,14 @@ unsafe fn score<P: Products, const Q: usize, const V: usize, const B: usize>(
             let from = keys.add(block * n_groups * KEY_BLOCK);
             let to = to.add((block - start) * KEY_BLOCK);
             if block + at_once <= end {
-                score_tile::<P, Q, V>(queries, from, n_groups, to, width);
+                if n_groups == 8 {
+                    score_tile::<P, Q, V, 8>(queries, from, n_groups, to, width);
+                } else {
+                    score_tile::<P, Q, V, 0>(queries, from, n_groups, to, width);
+                }
                 block += at_once;
             } else {
-                score_tile::<P, Q, B>(queries, from, n_groups, to, width);
+                score_tile::<P, Q, B, 0>(queries, from, n_groups, to, width);
                 block += 1;
             }
         }
@@ -221,56 +186,10 @@ unsafe fn add_values<P: Products, const Q: usize, const V: usize>(
     }
 }
 
-/// Hides the slots of visited blocks that a query does not see, and adds what pooled slots have for standing for many.
-unsafe fn mask(scores: *mut f32, visited: &[SlotRange], seen: &[SlotRange], pooled: &Pooled) {
-    let mut column = 0;
-    for (blocks, seen) in visited.iter().zip(seen) {
-        let slots = blocks.start as usize * KEY_BLOCK..blocks.end as usize * KEY_BLOCK;
-        let seen = seen.slots();
-        let seen = if seen.is_empty() { slots.end..slots.end } else { seen };
-        // SAFETY: the slots are in the visited blocks, whose columns start at `column`.
-        unsafe {
-            for hidden in [slots.start..seen.start.min(slots.end), seen.end.max(slots.start)..slots.end] {
-                for slot in hidden {
-                    *scores.add(column + slot - slots.start) = MASKED;
-                }
-            }
-            for slot in seen.start.max(pooled.start)..seen.end {
-                *scores.add(column + slot - slots.start) +=
-                    if slot == pooled.last { pooled.rest } else { pooled.whole };
-            }
-        }
-        column += slots.len();
-    }
-}
-
-/// What is added to the scores of pooled slots, in the unit of the row's scores.
-struct Pooled {
-    start: usize,
-    last: usize,
-    whole: f32,
-    rest: f32,
-}
-
-impl Pooled {
-    #[allow(clippy::cast_precision_loss, reason = "blocks are far below 2^24")]
-    fn new(head: &Head<'_>, scale: f32) -> Self {
-        let (len, block) = (head.len, head.slots.pooled);
-        if block == 0 {
-            return Self { start: usize::MAX, last: usize::MAX, whole: 0.0, rest: 0.0 };
-        }
-        let start = head.slots.pooled_start(len);
-        let last = len.div_ceil(block) - 1;
-        let part = |n: usize| (n as f32).log2() / scale;
-        Self { start, last: start + last, whole: part(block), rest: part(len - last * block) }
-    }
-}
-
 /// Scores to weights, in place; returns the weights' sum.
 #[inline(always)]
 unsafe fn soften<P: Products>(scores: *mut f32, width: usize, scale: f32) -> f32 {
-    // SAFETY: `scores` holds `width`, a multiple of `KEY_BLOCK`. Codes are not wider than scores, so that none is
-    // overwritten before it was read.
+    // SAFETY: `scores` holds `width`, a multiple of `KEY_BLOCK`.
     unsafe {
         let lanes = P::S::LANES;
         let mut highest = [P::S::splat(MASKED); 2];
@@ -282,18 +201,7 @@ unsafe fn soften<P: Products>(scores: *mut f32, width: usize, scale: f32) -> f32
             i += KEY_BLOCK;
         }
         let highest = P::S::splat(P::S::highest(P::S::max(highest[0], highest[1])));
-        let scale = P::S::splat(scale);
-        // Which sum a weight is added to depends on its slot alone.
-        let mut totals = [P::no_weight(); 2];
-        let mut i = 0;
-        while i < width {
-            for v in 0..KEY_BLOCK / lanes {
-                let below = P::S::sub(P::S::load(scores.add(i + v * lanes)), highest);
-                totals[v % 2] = P::weigh(scores, i + v * lanes, below, scale, totals[v % 2]);
-            }
-            i += KEY_BLOCK;
-        }
-        P::total(P::add_totals(totals[0], totals[1]))
+        P::weigh(scores, width, highest, P::S::splat(scale))
     }
 }
 
@@ -329,25 +237,34 @@ unsafe fn code_query<P: Products>(columns: &Columns<'_>, position: usize, steps:
     }
 }
 
-/// Writes `factor · from[j]` to the head's columns of `row`.
+/// Writes the first `n` of `factor · values` to the head's columns of `row`, from its dimension `first` on.
 #[inline(always)]
-unsafe fn write_row<S: Simd>(args: &Attend<'_>, row: usize, first: usize, values: *const f32, n: usize, factor: f32) {
-    // SAFETY: `first + n` columns of `row` belong to the output block.
+unsafe fn write_row<S: Simd, const V: usize>(
+    args: &Attend<'_>,
+    row: usize,
+    first: usize,
+    values: &[S::F; V],
+    n: usize,
+    factor: f32,
+) {
+    // SAFETY: `first + n` columns of `row` belong to the output block; whole vectors do not cross a panel.
     unsafe {
         let n_rows = args.keys.len();
         let column = args.head.head * args.head.heads.d_head + first;
         let at = |column: usize| args.out.add((column / PANEL * n_rows + row) * PANEL + column % PANEL);
-        let mut j = 0;
-        if column.is_multiple_of(16) {
-            let factor = S::splat(factor);
-            while j + S::LANES <= n {
-                S::store(at(column + j), S::mul(S::load(values.add(j)), factor));
-                j += S::LANES;
+        let factor = S::splat(factor);
+        if column.is_multiple_of(16) && n == V * S::LANES {
+            for v in 0..V {
+                S::store(at(column + v * S::LANES), S::mul(values[v], factor));
             }
+            return;
         }
-        while j < n {
-            *at(column + j) = *values.add(j) * factor;
-            j += 1;
+        let mut lanes = [0.0f32; 64];
+        for v in 0..V {
+            S::store(lanes.as_mut_ptr().add(v * S::LANES), S::mul(values[v], factor));
+        }
+        for (j, &value) in lanes[..n].iter().enumerate() {
+            *at(column + j) = value;
         }
     }
 }
@@ -412,16 +329,13 @@ unsafe fn tile<P: Products, const Q: usize, const V: usize, const B: usize>(args
                     }
                     [sums[q]] = own;
                 }
-                let mut result = [0.0f32; 64];
                 for v in 0..V {
-                    let mut x = sums[q][v];
                     if P::GROUP > 1 {
-                        x = P::S::mul(x, P::S::load(step.add(d + first + v * P::S::LANES)));
+                        sums[q][v] = P::S::mul(sums[q][v], P::S::load(step.add(d + first + v * P::S::LANES)));
                     }
-                    P::S::store(result.as_mut_ptr().add(v * P::S::LANES), x);
                 }
                 let n = part.min(head.heads.d_head.saturating_sub(first));
-                write_row::<P::S>(args, index(q), first, result.as_ptr(), n, inverse[q]);
+                write_row::<P::S, V>(args, index(q), first, &sums[q], n, inverse[q]);
             }
         }
     }
@@ -435,7 +349,7 @@ pub(super) unsafe fn attend<P: Products, const Q: usize, const V: usize, const B
     let n = args.keys.len();
     for first in 0..args.step.min(n) {
         for (start, size) in row_tiles((n - first).div_ceil(args.step), Q) {
-            let at = Tile::new(args.keys, first + start * args.step, args.step, size);
+            let at = Tile::new(args.keys, first + start * args.step, args.step, size, args.uniform);
             // SAFETY: passed on; the tile's queries are in the block.
             unsafe {
                 match size {

@@ -18,6 +18,7 @@ pub(super) struct Avx512;
 // SAFETY: each function is one or a few instructions of AVX-512 F, BW, DQ and VL, which the contract demands.
 unsafe impl Simd for Avx512 {
     const LANES: usize = 16;
+    const PICKS: bool = true;
     type F = __m512;
     type I = __m512i;
 
@@ -35,6 +36,12 @@ unsafe impl Simd for Avx512 {
         fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
         fn mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
         fn div(a: __m512, b: __m512) -> __m512 = _mm512_div_ps(a, b);
+        fn abs(x: __m512) -> __m512 = _mm512_abs_ps(x);
+        fn pick(table: &[f32; 32], lanes: __m512) -> __m512 = _mm512_permutex2var_ps(
+            _mm512_loadu_ps(table.as_ptr()),
+            _mm512_castps_si512(lanes),
+            _mm512_loadu_ps(table.as_ptr().add(16)),
+        );
         fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
         fn min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
         fn max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
@@ -42,6 +49,8 @@ unsafe impl Simd for Avx512 {
         fn to_float(x: __m512i) -> __m512 = _mm512_cvtepi32_ps(x);
         fn power_of_two(x: __m512i) -> __m512 =
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(x, _mm512_set1_epi32(127))));
+        fn round_float(x: __m512) -> __m512 = _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(x);
+        fn scale_by_power(x: __m512, n: __m512) -> __m512 = _mm512_scalef_ps(x, n);
         fn sum(x: __m512) -> f32 = _mm512_reduce_add_ps(x);
         fn lowest(x: __m512) -> f32 = _mm512_reduce_min_ps(x);
         fn highest(x: __m512) -> f32 = _mm512_reduce_max_ps(x);
@@ -118,8 +127,8 @@ kernel_table! {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
     "gemm_u8i8_avx512_vnni", gemm, Avx512,
     Forms {
-        // The integer forms are for whoever asks: they have not yet been timed on a processor with this set.
-        preferred: &[AttentionForm::F32],
+        // `cargo bench --bench attention` on Zen 4: bytes take 0.4 to 0.6 of the time of f32, words 0.7 to 0.9.
+        preferred: &[AttentionForm::Int8, AttentionForm::Int16],
         tables: &[
             attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] F32<Avx512>, 8, 2, 1),
             attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Words<Avx512, Vnni>, 8, 2, 1),

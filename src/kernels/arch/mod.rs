@@ -1,6 +1,7 @@
 //! The safe face of the kernels: lengths are checked here once, then the chosen instruction set's function is called.
 #![allow(unsafe_code, reason = "intrinsics and raw pointers into blocks; this folder is the only place for them")]
 
+mod activations;
 mod attend;
 mod blocks;
 mod codebook;

@@ -52,6 +52,7 @@ unsafe impl Simd for Neon {
         fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);
         fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmulq_f32(a, b);
         fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t = vdivq_f32(a, b);
+        fn abs(x: float32x4_t) -> float32x4_t = vabsq_f32(x);
         fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t = vfmaq_f32(c, a, b);
         fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t = vminq_f32(a, b);
         fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmaxq_f32(a, b);

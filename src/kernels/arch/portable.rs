@@ -45,6 +45,7 @@ unsafe impl Simd for Portable {
         fn sub(a: [f32; 4], b: [f32; 4]) -> [f32; 4] = each(|i| a[i] - b[i]);
         fn mul(a: [f32; 4], b: [f32; 4]) -> [f32; 4] = each(|i| a[i] * b[i]);
         fn div(a: [f32; 4], b: [f32; 4]) -> [f32; 4] = each(|i| a[i] / b[i]);
+        fn abs(x: [f32; 4]) -> [f32; 4] = x.map(f32::abs);
         fn fma(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] = each(|i| a[i] * b[i] + c[i]);
         fn min(a: [f32; 4], b: [f32; 4]) -> [f32; 4] = each(|i| if a[i] < b[i] { a[i] } else { b[i] });
         fn max(a: [f32; 4], b: [f32; 4]) -> [f32; 4] = each(|i| if a[i] > b[i] { a[i] } else { b[i] });

@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use super::simd::{Simd, exp2, load_some, store_some, store_some_u8};
+use super::simd::{Simd, load_some, store_some, store_some_u8};
+use crate::kernels::Reduction;
 use crate::kernels::layout::{PANEL, RowScale};
-use crate::kernels::{Nonlinearity, Reduction};
 
 /// Rows `rows` of a block of `n_rows` rows in panels, `n` columns wide, to be turned into codes.
 pub(super) struct Quantize {
@@ -34,121 +34,6 @@ pub(super) struct AddNorm {
     pub(super) codes: *mut u8,
     pub(super) stride: usize,
     pub(super) scales: *mut RowScale,
-}
-
-/// Coefficients of [`gelu`], highest power first.
-const GELU: [f32; 10] = [
-    -1.104_339e-3,
-    4.380_627_6e-3,
-    -7.525_05e-3,
-    1.057_640_1e-2,
-    -1.765_796_8e-2,
-    2.841_501_2e-2,
-    -4.040_332_5e-2,
-    5.470_245_8e-2,
-    -7.717_735e-2,
-    1.569_046_4e-1,
-];
-const GELU_REACH: f32 = 4.5;
-
-/// `x · Φ(x)`, exact-erf GELU.
-///
-/// ```text
-/// c = clamp(x, ±4.5), u = 2c²/4.5² − 1:   x · (½ + c · P(u)), P of degree 9
-/// ```
-/// *Error*: absolute 1.7e-5 on all of f32 up to |x| = 100 (measured against f64; 1.5e-5 of it is `Φ(−4.5)·4.5`).
-/// *Source*: minimax fit of `(Φ(x) − ½)/x` weighted by x², held to reach ½ at 4.5 so that no error grows beyond it.
-#[inline(always)]
-unsafe fn gelu<S: Simd>(x: S::F) -> S::F {
-    // SAFETY: the instruction set is present by contract.
-    unsafe {
-        let c = S::max(S::min(x, S::splat(GELU_REACH)), S::splat(-GELU_REACH));
-        let u = S::fma(S::mul(c, c), S::splat(2.0 / (GELU_REACH * GELU_REACH)), S::splat(-1.0));
-        let mut p = S::splat(GELU[0]);
-        for &coefficient in &GELU[1..] {
-            p = S::fma(p, u, S::splat(coefficient));
-        }
-        S::mul(x, S::fma(c, p, S::splat(0.5)))
-    }
-}
-
-/// The tanh form of GELU, `x · σ(2√(2/π)(x + 0.044715x³))`.
-///
-/// *Error*: absolute 2e-6 · max(1, |x|).
-#[inline(always)]
-unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
-    // SAFETY: the instruction set is present by contract.
-    unsafe {
-        // 2 √(2/π) log2 e; the argument of the sigmoid is folded to one side so that exp2 sees x ≤ 0.
-        let inner = S::mul(x, S::fma(S::mul(x, x), S::splat(0.044_715), S::splat(1.0)));
-        let z = S::mul(inner, S::splat(2.302_208_2));
-        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
-        let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
-        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−|z|)
-        // σ(z) = ½ + sign(z) (½ − σ(−|z|)); sign(z) · a as max/min of z against ±a would clip, so divide instead.
-        let half = S::sub(S::splat(0.5), lower);
-        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
-        S::mul(x, S::fma(sign, half, S::splat(0.5)))
-    }
-}
-
-/// `tanh x = sign(x) (1 − 2 σ(−2|x|))`.
-#[inline(always)]
-unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
-    // SAFETY: the instruction set is present by contract.
-    unsafe {
-        // 2 log2 e; folded to one side so that exp2 sees x ≤ 0.
-        let z = S::mul(x, S::splat(2.0 * std::f32::consts::LOG2_E));
-        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
-        let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
-        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−2|x|)
-        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
-        S::mul(sign, S::sub(S::splat(1.0), S::add(lower, lower)))
-    }
-}
-
-#[inline(always)]
-unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
-    // SAFETY: the instruction set is present by contract.
-    unsafe {
-        match kind {
-            Nonlinearity::Gelu => gelu::<S>(x),
-            Nonlinearity::GeluTanh => gelu_tanh::<S>(x),
-            Nonlinearity::Relu => S::max(x, S::splat(0.0)),
-            Nonlinearity::Tanh => tanh::<S>(x),
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
-    // SAFETY: `values` is valid for `n` by contract.
-    unsafe {
-        let whole = n / S::LANES * S::LANES;
-        let mut i = 0;
-        while i < whole {
-            S::store(values.add(i), apply::<S>(kind, S::load(values.add(i))));
-            i += S::LANES;
-        }
-        if whole < n {
-            let x = load_some::<S>(values.add(whole), n - whole, 0.0);
-            store_some::<S>(values.add(whole), n - whole, apply::<S>(kind, x));
-        }
-    }
-}
-
-/// `values[i] = f(values[i])` for `i < n`.
-#[inline(always)]
-pub(super) unsafe fn activate<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
-    // SAFETY: passed on unchanged. The match is outside of the loop so that each loop holds one function.
-    unsafe {
-        match kind {
-            Nonlinearity::Gelu => activate_as::<S>(Nonlinearity::Gelu, values, n),
-            Nonlinearity::GeluTanh => activate_as::<S>(Nonlinearity::GeluTanh, values, n),
-            Nonlinearity::Relu => activate_as::<S>(Nonlinearity::Relu, values, n),
-            Nonlinearity::Tanh => activate_as::<S>(Nonlinearity::Tanh, values, n),
-        }
-    }
 }
 
 /// The step and its inverse for a row between `low` and `high`.

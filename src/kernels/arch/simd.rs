@@ -3,6 +3,8 @@
 //! A body generic over [`Simd`] is `#[inline(always)]` and instantiated once per instruction set inside a function with
 //! that set's target features, so the operations compile to single instructions.
 
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
 /// A vector instruction set.
 ///
 /// # Safety
@@ -30,6 +32,8 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `|x|`.
+    unsafe fn abs(x: Self::F) -> Self::F;
     /// `a · b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
@@ -40,9 +44,35 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn to_float(x: Self::I) -> Self::F;
     /// `2^x` for x in −126..=127.
     unsafe fn power_of_two(x: Self::I) -> Self::F;
+    /// To the nearest integer, ties to even, as a float.
+    #[inline(always)]
+    unsafe fn round_float(x: Self::F) -> Self::F {
+        // SAFETY: passed on.
+        unsafe { Self::to_float(Self::round(x)) }
+    }
+    /// `x · 2^n` for whole n in −126..=127.
+    #[inline(always)]
+    unsafe fn scale_by_power(x: Self::F, n: Self::F) -> Self::F {
+        // SAFETY: passed on.
+        unsafe { Self::mul(x, Self::power_of_two(Self::round(n))) }
+    }
     unsafe fn sum(x: Self::F) -> f32;
     unsafe fn lowest(x: Self::F) -> f32;
     unsafe fn highest(x: Self::F) -> f32;
+
+    /// Whether [`Simd::pick`] is one instruction.
+    const PICKS: bool = false;
+    /// `table[the last five bits of each lane]`.
+    #[inline(always)]
+    unsafe fn pick(table: &[f32; 32], lanes: Self::F) -> Self::F {
+        let mut picked = [0.0f32; 16];
+        // SAFETY: a vector has at most 16 lanes.
+        unsafe {
+            Self::store(picked.as_mut_ptr(), lanes);
+            picked.iter_mut().for_each(|lane| *lane = table[(lane.to_bits() & 31) as usize]);
+            Self::load(picked.as_ptr())
+        }
+    }
 }
 
 /// Reads `n < LANES` floats, the other lanes are `fill`.
@@ -118,17 +148,27 @@ pub(super) unsafe fn exp2_coarse<S: Simd>(x: S::F) -> S::F {
     unsafe { exp2_by::<S, 5>(x, [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 0.999_999_3]) }
 }
 
+/// The same where the result is rounded to 8 bits. *Error*: relative 8e-5.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn exp2_coarsest<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: passed on.
+    unsafe { exp2_by::<S, 4>(x, [5.517_167e-2, 2.426_111_2e-1, 6.932_61e-1, 9.999_281e-1]) }
+}
+
 #[inline(always)]
 unsafe fn exp2_by<S: Simd, const N: usize>(x: S::F, coefficients: [f32; N]) -> S::F {
     // SAFETY: the instruction set is present by contract.
     unsafe {
         let x = S::max(x, S::splat(-100.0));
-        let n = S::round(x);
-        let f = S::sub(x, S::to_float(n));
+        let n = S::round_float(x);
+        let f = S::sub(x, n);
         let mut p = S::splat(coefficients[0]);
         for &coefficient in &coefficients[1..] {
             p = S::fma(p, f, S::splat(coefficient));
         }
-        S::mul(p, S::power_of_two(n))
+        S::scale_by_power(p, n)
     }
 }

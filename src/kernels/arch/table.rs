@@ -32,11 +32,12 @@ macro_rules! one {
 }
 pub(super) use one;
 
-/// `static TABLE` with the bodies of `rows.rs` instantiated under the given target features: name, matrix product,
+/// `static TABLE` with the bodies of `rows.rs` and `activations.rs` instantiated under the given target features: name, matrix product,
 /// vectors, forms of attention.
 macro_rules! kernel_table {
     (#[$features:meta] $name:literal, $gemm:ident, $simd:ident, $attention:expr) => {
         pub(in crate::kernels::arch) static TABLE: $crate::kernels::arch::table::Table = {
+            use $crate::kernels::arch::activations;
             use $crate::kernels::arch::rows::{self, AddNorm, Quantize};
             use $crate::kernels::arch::table::Table;
             use $crate::kernels::{Nonlinearity, Reduction};
@@ -44,7 +45,7 @@ macro_rules! kernel_table {
             #[$features]
             unsafe fn activate(kind: Nonlinearity, values: *mut f32, n: usize) {
                 // SAFETY: passed on unchanged, under the target features that the vectors need.
-                unsafe { rows::activate::<$simd>(kind, values, n) }
+                unsafe { activations::activate::<$simd>(kind, values, n) }
             }
             #[$features]
             unsafe fn quantize(args: &Quantize) {

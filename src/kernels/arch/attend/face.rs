@@ -1,7 +1,8 @@
 //! The safe face of attention: lengths are checked here once.
 
 use super::table::AttentionTable;
-use super::{Attend, Head, QueryKeys, Tile};
+use super::tile::Tile;
+use super::{Attend, Head, QueryKeys};
 use crate::kernels::attention::{AttentionForm, CacheLine, Heads, KeySlots, Queries, SequenceHeads, SlotRange};
 use crate::kernels::isa::Isa;
 use crate::kernels::layout::PANEL;
@@ -52,7 +53,7 @@ impl Attention {
     #[must_use]
     pub fn scratch(&self, heads: Heads, queries: &[QueryKeys]) -> usize {
         // A tile visits no more than all queries of the block together would.
-        let whole = Tile::new(queries, 0, 1, queries.len());
+        let whole = Tile::new(queries, 0, 1, queries.len(), false);
         self.scratch_of_width(heads, whole.shared + whole.own)
     }
 
@@ -103,11 +104,13 @@ impl Attention {
         let inside = |range: &SlotRange| range.is_empty() || range.end as usize <= n_slots;
         let all_inside = |keys: &QueryKeys| keys.shared.iter().all(inside) && keys.own.iter().all(inside);
         assert!(queries.keys.iter().all(all_inside), "a slot beyond {n_slots}");
+        let uniform = queries.keys.iter().all(|keys| *keys == queries.keys[0]);
         for head in 0..heads.n_heads {
             let args = Attend {
                 head: self.head(sequence, head),
                 first: queries.first,
                 keys: queries.keys,
+                uniform,
                 step: queries.step,
                 packed: packed[head * lines..].as_ptr(),
                 scratch: scratch.as_mut_ptr(),

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::super::simd::{Simd, exp2, exp2_coarse};
 use super::integers::{Dot, Integers};
-use crate::kernels::attention::AttentionForm;
+use crate::kernels::attention::{AttentionForm, KEY_BLOCK};
 
 /// How numbers are coded in dwords, and how dwords of codes are multiplied.
 ///
@@ -17,8 +17,6 @@ pub(in crate::kernels::arch) unsafe trait Products {
     type Codes: Copy;
     /// `LANES` sums of products.
     type Sums: Copy;
-    /// Sums of weights.
-    type Total: Copy;
 
     const FORM: AttentionForm;
     /// Numbers in a dword.
@@ -43,18 +41,10 @@ pub(in crate::kernels::arch) unsafe trait Products {
     /// Dwords of the codes of `GROUP` consecutive values of each lane's dimension.
     unsafe fn store_values(to: *mut f32, x: [<Self::S as Simd>::F; 4]);
 
-    unsafe fn no_weight() -> Self::Total;
-    /// Writes the weights `2^(scale · below)`, below ≤ 0, of `LANES` consecutive keys, from number `at` of `to` on, and
-    /// adds them up. `scale` is 1 where codes are the numbers.
-    unsafe fn weigh(
-        to: *mut f32,
-        at: usize,
-        below: <Self::S as Simd>::F,
-        scale: <Self::S as Simd>::F,
-        total: Self::Total,
-    ) -> Self::Total;
-    unsafe fn add_totals(a: Self::Total, b: Self::Total) -> Self::Total;
-    unsafe fn total(total: Self::Total) -> f32;
+    /// Turns a row of scores into weights `2^(scale · (score − highest))`, in place, and returns the weights' sum. `scale`
+    /// is 1 where codes are the numbers; `width` is a multiple of `KEY_BLOCK`. Codes are not wider than scores, so that
+    /// none is overwritten before it was read.
+    unsafe fn weigh(scores: *mut f32, width: usize, highest: <Self::S as Simd>::F, scale: <Self::S as Simd>::F) -> f32;
 }
 
 /// Numbers as they are.
@@ -65,7 +55,6 @@ unsafe impl<S: Integers> Products for F32<S> {
     type S = S;
     type Codes = S::F;
     type Sums = S::F;
-    type Total = S::F;
 
     const FORM: AttentionForm = AttentionForm::F32;
     const GROUP: usize = 1;
@@ -81,15 +70,22 @@ unsafe impl<S: Integers> Products for F32<S> {
         fn store_key(to: *mut f32, at: usize, x: S::F) = S::store(to.add(at), x);
         fn store_query(to: *mut f32, at: usize, x: S::F) = S::store(to.add(at), x);
         fn store_values(to: *mut f32, x: [S::F; 4]) = S::store(to, x[0]);
-        fn no_weight() -> S::F = S::splat(0.0);
-        fn weigh(to: *mut f32, at: usize, below: S::F, _scale: S::F, total: S::F) -> S::F = {
-            // exp2 never goes below 2^−100; taking that off makes a hidden key's weight exactly 0.
-            let weight = S::sub(exp2::<S>(below), S::splat(f32::from_bits((127 - 100) << 23)));
-            S::store(to.add(at), weight);
-            S::add(total, weight)
+        fn weigh(scores: *mut f32, width: usize, highest: S::F, _scale: S::F) -> f32 = {
+            let mut totals = [S::splat(0.0); 2];
+            let mut i = 0;
+            while i < width {
+                let score = scores.add(i);
+                // exp2 never goes below 2^−100; taking that off makes a hidden key's weight exactly 0.
+                let weight = exp2::<S>(S::sub(S::load(score), highest));
+                let weight = S::sub(weight, S::splat(f32::from_bits((127 - 100) << 23)));
+                S::store(score, weight);
+                // Which sum a weight is added to depends on its slot alone.
+                let chain = i / S::LANES % (KEY_BLOCK / S::LANES).min(2);
+                totals[chain] = S::add(totals[chain], weight);
+                i += S::LANES;
+            }
+            S::sum(S::add(totals[0], totals[1]))
         };
-        fn add_totals(a: S::F, b: S::F) -> S::F = S::add(a, b);
-        fn total(total: S::F) -> f32 = S::sum(total);
     }
 }
 
@@ -104,7 +100,6 @@ unsafe impl<S: Integers, D: Dot<S>> Products for Words<S, D> {
     type S = S;
     type Codes = S::I;
     type Sums = S::I;
-    type Total = S::I;
 
     const FORM: AttentionForm = AttentionForm::Int16;
     const GROUP: usize = 2;
@@ -121,14 +116,16 @@ unsafe impl<S: Integers, D: Dot<S>> Products for Words<S, D> {
         fn store_query(to: *mut f32, at: usize, x: S::F) = S::store_s16(to.cast::<i16>().add(at), S::round(x));
         fn store_values(to: *mut f32, x: [S::F; 4]) =
             S::store_int(to.cast(), S::pair(S::round(x[0]), S::round(x[1])));
-        fn no_weight() -> S::I = S::splat_int(0);
-        fn weigh(to: *mut f32, at: usize, below: S::F, scale: S::F, total: S::I) -> S::I = {
-            let weight = S::round(exp2_coarse::<S>(S::fma(below, scale, S::splat(WORD_WEIGHT_LOG2))));
-            S::store_s16(to.cast::<i16>().add(at), weight);
-            S::add_int(total, weight)
-        };
-        fn add_totals(a: S::I, b: S::I) -> S::I = S::add_int(a, b);
-        fn total(total: S::I) -> f32 = {
+        fn weigh(scores: *mut f32, width: usize, highest: S::F, scale: S::F) -> f32 = {
+            let mut total = S::splat_int(0);
+            let mut i = 0;
+            while i < width {
+                let below = S::sub(S::load(scores.add(i)), highest);
+                let weight = S::round(exp2_coarse::<S>(S::fma(below, scale, S::splat(WORD_WEIGHT_LOG2))));
+                S::store_s16(scores.cast::<i16>().add(i), weight);
+                total = S::add_int(total, weight);
+                i += S::LANES;
+            }
             #[allow(clippy::cast_precision_loss, reason = "below 2^32, and one rounding is within the error")]
             let total = S::sum_int(total) as f32;
             total
@@ -139,15 +136,11 @@ unsafe impl<S: Integers, D: Dot<S>> Products for Words<S, D> {
 /// Keys u8 around 128, weights u8, queries and values s8.
 pub(in crate::kernels::arch) struct Bytes<S, D>(PhantomData<(S, D)>);
 
-/// Base 2 logarithm of the largest weight in [`Bytes`], 255.
-const BYTE_WEIGHT_LOG2: f32 = 7.994_353;
-
 // SAFETY: made of the operations of `S` and `D`, whose contracts are passed on.
 unsafe impl<S: Integers, D: Dot<S>> Products for Bytes<S, D> {
     type S = S;
     type Codes = S::I;
     type Sums = S::I;
-    type Total = S::I;
 
     const FORM: AttentionForm = AttentionForm::Int8;
     const GROUP: usize = 4;
@@ -170,16 +163,9 @@ unsafe impl<S: Integers, D: Dot<S>> Products for Bytes<S, D> {
             let odd = S::pair(S::round(x[1]), S::round(x[3]));
             S::store_int(to.cast(), S::interleave(even, odd))
         };
-        fn no_weight() -> S::I = S::splat_int(0);
-        fn weigh(to: *mut f32, at: usize, below: S::F, scale: S::F, total: S::I) -> S::I = {
-            let weight = S::round(exp2_coarse::<S>(S::fma(below, scale, S::splat(BYTE_WEIGHT_LOG2))));
-            S::store_u8(to.cast::<u8>().add(at), weight);
-            S::add_int(total, weight)
-        };
-        fn add_totals(a: S::I, b: S::I) -> S::I = S::add_int(a, b);
-        fn total(total: S::I) -> f32 = {
+        fn weigh(scores: *mut f32, width: usize, highest: S::F, scale: S::F) -> f32 = {
             #[allow(clippy::cast_precision_loss, reason = "below 2^24 for the lengths that this form is used at")]
-            let total = S::sum_int(total) as f32;
+            let total = S::weigh_bytes(scores, width, highest, scale) as f32;
             total
         };
     }
@@ -192,7 +178,6 @@ mod tests {
     #[test]
     fn the_largest_weight_is_the_largest_code() {
         assert!((4095f32.log2() - WORD_WEIGHT_LOG2).abs() < 1e-6);
-        assert!((255f32.log2() - BYTE_WEIGHT_LOG2).abs() < 1e-6);
         // 256 products of weights and values and 512 of queries and keys.
         assert!(256.0 * 4095.0 * 2047.0 < 2f64.powi(31) && 512.0 * 2047.0 * 2047.0 < 2f64.powi(31));
     }

@@ -1,0 +1,252 @@
+//! Activation functions, written once over [`Simd`] and instantiated per instruction set.
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+use super::simd::{Simd, exp2, load_some, store_some};
+use crate::kernels::Nonlinearity;
+
+/// Coefficients of [`gelu`], highest power first.
+const GELU: [f32; 10] = [
+    -1.104_339e-3,
+    4.380_627_6e-3,
+    -7.525_05e-3,
+    1.057_640_1e-2,
+    -1.765_796_8e-2,
+    2.841_501_2e-2,
+    -4.040_332_5e-2,
+    5.470_245_8e-2,
+    -7.717_735e-2,
+    1.569_046_4e-1,
+];
+const GELU_REACH: f32 = 4.5;
+
+/// Coefficients of [`gelu_by_pieces`], lowest power first.
+const GELU_PIECES: [[f32; 32]; 3] = [
+    [
+        -1.247_841_2e-7,
+        -7.919_263_6e-5,
+        -1.391_106_8e-3,
+        -6.811_870_7e-3,
+        -2.009_590_3e-2,
+        -4.463_694e-2,
+        -8.227_386e-2,
+        -1.324_761_7e-1,
+        -1.921_259_6e-1,
+        -2.559_397_2e-1,
+        -3.173_997_7e-1,
+        -3.699_426_4e-1,
+        -4.081_09e-1,
+        -4.284_019_2e-1,
+        -4.296_941_5e-1,
+        -4.131_679_8e-1,
+        -3.818_621_3e-1,
+        -3.399_682_6e-1,
+        -2.920_794_8e-1,
+        -2.425_196_2e-1,
+        -1.948_622_9e-1,
+        -1.516_752_7e-1,
+        -1.144_755_9e-1,
+        -8.384_424_4e-2,
+        -5.963_511_4e-2,
+        -4.121_62e-2,
+        -2.769_541_6e-2,
+        -1.810_223e-2,
+        -1.151_404_1e-2,
+        -7.129_553_7e-3,
+        -4.299_186_6e-3,
+        0.0,
+    ],
+    [
+        2.502_056e-5,
+        1.661_335_5e-3,
+        1.305_981_9e-2,
+        4.207_174e-2,
+        9.324_229_5e-2,
+        1.670_038_8e-1,
+        2.597_140_4e-1,
+        3.644_575_2e-1,
+        4.723_944_7e-1,
+        5.743_388_5e-1,
+        6.622_356e-1,
+        7.302_671_7e-1,
+        7.754_344_3e-1,
+        7.975_882e-1,
+        7.989_963e-1,
+        7.836_201e-1,
+        7.562_827e-1,
+        7.218_801e-1,
+        6.847_818e-1,
+        6.484_524e-1,
+        6.153_018_5e-1,
+        5.867_217e-1,
+        5.632_461e-1,
+        5.447_728_6e-1,
+        5.307_929_5e-1,
+        5.205_902e-1,
+        5.133_94e-1,
+        5.084_806_7e-1,
+        5.052_289_4e-1,
+        5.031_407_5e-1,
+        5.018_384_5e-1,
+        5.0e-1,
+    ],
+    [
+        3.982_874_2e-1,
+        3.898_988_4e-1,
+        3.649_501_5e-1,
+        3.260_099_3e-1,
+        2.766_502_8e-1,
+        2.211_685_5e-1,
+        1.640_367_4e-1,
+        1.093_750_2e-1,
+        6.052_878_5e-2,
+        1.980_236e-2,
+        -1.163_100_1e-2,
+        -3.365_65e-2,
+        -4.702_149e-2,
+        -5.306_836_6e-2,
+        -5.344_965e-2,
+        -4.987_283_8e-2,
+        -4.390_433_4e-2,
+        -3.684_106e-2,
+        -2.965_578_6e-2,
+        -2.299_765_9e-2,
+        -1.723_245_2e-2,
+        -1.250_380_65e-2,
+        -8.799_93e-3,
+        -6.014_603e-3,
+        -3.996_313e-3,
+        -2.583_368e-3,
+        -1.625_823e-3,
+        -9.966_843e-4,
+        -5.954_408e-4,
+        -3.468_048_5e-4,
+        -1.969_890_6e-4,
+        0.0,
+    ],
+];
+
+/// `x · Φ(x)`, exact-erf GELU.
+///
+/// ```text
+/// c = clamp(x, ±4.5), u = 2c²/4.5² − 1:   x · (½ + c · P(u)), P of degree 9
+/// ```
+/// *Error*: absolute 1.7e-5 on all of f32 up to |x| = 100 (measured against f64; 1.5e-5 of it is `Φ(−4.5)·4.5`).
+/// *Source*: minimax fit of `(Φ(x) − ½)/x` weighted by x², held to reach ½ at 4.5 so that no error grows beyond it.
+#[inline(always)]
+unsafe fn gelu<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        if S::PICKS {
+            return gelu_by_pieces::<S>(x);
+        }
+        let c = S::max(S::min(x, S::splat(GELU_REACH)), S::splat(-GELU_REACH));
+        let u = S::fma(S::mul(c, c), S::splat(2.0 / (GELU_REACH * GELU_REACH)), S::splat(-1.0));
+        let mut p = S::splat(GELU[0]);
+        for &coefficient in &GELU[1..] {
+            p = S::fma(p, u, S::splat(coefficient));
+        }
+        S::mul(x, S::fma(c, p, S::splat(0.5)))
+    }
+}
+
+/// `x · Φ(x)`, exact-erf GELU, where a vector of 32 numbers can be looked up in one instruction.
+///
+/// ```text
+/// a = |x|, i = min(round(a · 30.5/4.5), 31):   ½x + (c₂[i] a + c₁[i]) a + c₀[i]
+/// ```
+/// *Error*: absolute 1.7e-5 for finite x (measured against f64; 1.5e-5 of it is `Φ(−4.5)·4.5`, where the last piece,
+/// which is `½(x + |x|)`, begins).
+/// *Source*: minimax fits of `|x| (Φ(|x|) − ½)`, an even function, on 31 pieces.
+#[inline(always)]
+unsafe fn gelu_by_pieces<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        // Beyond 2^23 a float's last bits are an integer.
+        let integer = 8_388_608.0;
+        let a = S::abs(x);
+        let piece = S::min(S::fma(a, S::splat(30.5 / GELU_REACH), S::splat(integer)), S::splat(integer + 31.0));
+        // Not in a closure: it would not have the target features.
+        let (c0, c1, c2) = (&GELU_PIECES[0], &GELU_PIECES[1], &GELU_PIECES[2]);
+        let slope = S::fma(S::pick(c2, piece), a, S::pick(c1, piece));
+        S::fma(slope, a, S::fma(x, S::splat(0.5), S::pick(c0, piece)))
+    }
+}
+
+/// The tanh form of GELU, `x · σ(2√(2/π)(x + 0.044715x³))`.
+///
+/// *Error*: absolute 2e-6 · max(1, |x|).
+#[inline(always)]
+unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        // 2 √(2/π) log2 e; the argument of the sigmoid is folded to one side so that exp2 sees x ≤ 0.
+        let inner = S::mul(x, S::fma(S::mul(x, x), S::splat(0.044_715), S::splat(1.0)));
+        let z = S::mul(inner, S::splat(2.302_208_2));
+        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
+        let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
+        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−|z|)
+        // σ(z) = ½ + sign(z) (½ − σ(−|z|)); sign(z) · a as max/min of z against ±a would clip, so divide instead.
+        let half = S::sub(S::splat(0.5), lower);
+        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
+        S::mul(x, S::fma(sign, half, S::splat(0.5)))
+    }
+}
+
+/// `tanh x = sign(x) (1 − 2 σ(−2|x|))`.
+#[inline(always)]
+unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        // 2 log2 e; folded to one side so that exp2 sees x ≤ 0.
+        let z = S::mul(x, S::splat(2.0 * std::f32::consts::LOG2_E));
+        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
+        let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
+        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−2|x|)
+        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
+        S::mul(sign, S::sub(S::splat(1.0), S::add(lower, lower)))
+    }
+}
+
+#[inline(always)]
+unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        match kind {
+            Nonlinearity::Gelu => gelu::<S>(x),
+            Nonlinearity::GeluTanh => gelu_tanh::<S>(x),
+            Nonlinearity::Relu => S::max(x, S::splat(0.0)),
+            Nonlinearity::Tanh => tanh::<S>(x),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
+    // SAFETY: `values` is valid for `n` by contract.
+    unsafe {
+        let whole = n / S::LANES * S::LANES;
+        let mut i = 0;
+        while i < whole {
+            S::store(values.add(i), apply::<S>(kind, S::load(values.add(i))));
+            i += S::LANES;
+        }
+        if whole < n {
+            let x = load_some::<S>(values.add(whole), n - whole, 0.0);
+            store_some::<S>(values.add(whole), n - whole, apply::<S>(kind, x));
+        }
+    }
+}
+
+/// `values[i] = f(values[i])` for `i < n`.
+#[inline(always)]
+pub(super) unsafe fn activate<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
+    // SAFETY: passed on unchanged. The match is outside of the loop so that each loop holds one function.
+    unsafe {
+        match kind {
+            Nonlinearity::Gelu => activate_as::<S>(Nonlinearity::Gelu, values, n),
+            Nonlinearity::GeluTanh => activate_as::<S>(Nonlinearity::GeluTanh, values, n),
+            Nonlinearity::Relu => activate_as::<S>(Nonlinearity::Relu, values, n),
+            Nonlinearity::Tanh => activate_as::<S>(Nonlinearity::Tanh, values, n),
+        }
+    }
+}
