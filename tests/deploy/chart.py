@@ -63,9 +63,10 @@ everything = merge(monitoring, {
     "metrics": {"dashboard": {"enabled": True}},
     "ingress": {"enabled": True, "className": "nginx", "hosts": [{"host": "e.example", "paths": [{"path": "/", "pathType": "Prefix"}]}],
                 "tls": [{"hosts": ["e.example"], "secretName": "tls"}]},
-    "auth": {"existingSecret": "keys"},
+    "auth": {"existingSecret": "keys", "file": True},
     "model": {"id": "sentence-transformers/all-MiniLM-L6-v2", "tokenSecret": "hub", "cacheClaim": "models"},
-    "server": {"grpcPort": 8081, "maxQueueTokens": 1000000, "maxConcurrentRequests": 64, "defaultTimeoutMs": 0, "extraArgs": ["--cors-allow-origin=https://a.example"],
+    "tls": {"existingSecret": "certificate"},
+    "server": {"grpcPort": 8081, "adminPort": 9100, "maxQueueTokens": 1000000, "maxConcurrentRequests": 64, "defaultTimeoutMs": 0, "extraArgs": ["--cors-allow-origin=https://a.example"],
                "extraEnv": [{"name": "HF_ENDPOINT", "value": "https://hub.example"}]},
     "image": {"repository": "registry.example/niwaki", "digest": "sha256:" + "0" * 64},
     "imagePullSecrets": [{"name": "pull"}],
@@ -142,6 +143,10 @@ def wrong_values_are_refused():
         {"server": {"port": 70000}},
         {"server": {"grpcPort": 0}},
         {"server": {"grpcPort": 3000}},
+        {"server": {"adminPort": 3000}},
+        {"server": {"adminPort": 8081, "grpcPort": 8081}},
+        {"auth": {"file": True}},
+        {"tls": {"secret": "x"}},
         {"server": {"shutdownGraceSeconds": 0}},
         {"server": {"maxQueueTokens": 0}},
         {"server": {"extraArgs": ["serve"]}},
@@ -176,7 +181,7 @@ def the_grace_period_covers_pause_and_drain():
         assert f"--shutdown-grace={drain}" in container["args"]
         # A pod that drains has left the Service before it refuses work.
         ready = container["readinessProbe"]
-        assert ready["httpGet"] == {"path": "/health/ready", "port": "http"}
+        assert ready["httpGet"] == {"path": "/health/ready", "port": "http", "scheme": "HTTP"}
         assert container["livenessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/health/live"
 
 
@@ -204,6 +209,42 @@ def grpc_has_its_port_everywhere_or_nowhere():
     ports = {port["name"]: port for port in found["Service"]["spec"]["ports"]}
     assert (ports["grpc"]["port"], ports["grpc"]["targetPort"]) == (9000, "grpc")
     assert {port["port"] for port in found["NetworkPolicy"]["spec"]["ingress"][0]["ports"]} == {"http", "grpc"}
+
+
+@check
+def metrics_and_administration_can_have_a_port_of_their_own():
+    assert "admin" not in yaml.safe_dump(documents()).lower()
+    scraper = [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]
+    found = documents(merge(monitoring, {"server": {"adminPort": 9100}, "service": {"adminPort": 9999}, "networkPolicy": {"adminFrom": scraper}}))
+    container = found["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    assert "--prometheus-port=9100" in container["args"]
+    assert {"name": "admin", "containerPort": 9100, "protocol": "TCP"} in container["ports"]
+    ports = {port["name"]: port for port in found["Service"]["spec"]["ports"]}
+    assert (ports["admin"]["port"], ports["admin"]["targetPort"]) == (9999, "admin")
+    rules = {rule["ports"][0]["port"]: rule for rule in found["NetworkPolicy"]["spec"]["ingress"]}
+    assert rules["admin"]["from"] == scraper and rules["http"]["from"] != scraper
+    assert found["ServiceMonitor"]["spec"]["endpoints"][0]["port"] == "admin"
+
+
+@check
+def keys_and_certificates_come_from_secrets():
+    by_variable = documents({"auth": {"existingSecret": "keys"}})["Deployment"]["spec"]["template"]["spec"]
+    assert "volumes" not in by_variable and any(variable["name"] == "API_KEY" for variable in by_variable["containers"][0]["env"])
+    found = documents(everything)
+    spec = found["Deployment"]["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in spec["volumes"] if "secret" in volume}
+    assert secrets == {"keys": "keys", "tls": "certificate"}
+    assert all(mounts[name]["readOnly"] for name in secrets)
+    assert not any(variable["name"] == "API_KEY" for variable in container["env"])
+    for flag in ["--api-key-file=/keys/api-key", "--tls-cert=/tls/tls.crt", "--tls-key=/tls/tls.key"]:
+        assert flag in container["args"], flag
+        assert flag.split("=")[1].rsplit("/", 1)[0] in {mount["mountPath"] for mount in mounts.values()}
+    for probe in ["startupProbe", "livenessProbe", "readinessProbe"]:
+        assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+    assert found["ServiceMonitor"]["spec"]["endpoints"][0]["scheme"] == "https"
+    assert {port["appProtocol"] for port in found["Service"]["spec"]["ports"] if port["name"] != "admin"} == {"https"}
 
 
 @check

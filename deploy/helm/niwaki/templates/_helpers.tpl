@@ -43,12 +43,27 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{/* Probes and scrapes speak what the ports speak. */}}
+{{- define "niwaki.scheme" -}}
+{{- ternary "HTTPS" "HTTP" (ne .Values.tls.existingSecret "") }}
+{{- end }}
+
 {{/* Flags of `niwaki serve`; those that are null are left to the program. */}}
 {{- define "niwaki.args" -}}
 - serve
 - --port={{ .Values.server.port }}
 {{- with .Values.server.grpcPort }}
 - --grpc-port={{ . }}
+{{- end }}
+{{- with .Values.server.adminPort }}
+- --prometheus-port={{ . }}
+{{- end }}
+{{- if and .Values.auth.existingSecret .Values.auth.file }}
+- --api-key-file=/keys/{{ .Values.auth.key }}
+{{- end }}
+{{- if .Values.tls.existingSecret }}
+- --tls-cert=/tls/tls.crt
+- --tls-key=/tls/tls.key
 {{- end }}
 - --shutdown-grace={{ .Values.server.shutdownGraceSeconds }}
 - --json-output={{ .Values.server.jsonOutput }}
