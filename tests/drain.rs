@@ -112,6 +112,46 @@ async fn under_load_everything_accepted_is_answered() {
     assert_eq!(serving.service.engine.load(), niwaki::engine::Load::default());
 }
 
+/// A client that connects for every request cannot know that the end is near: once connected it is answered, if only with
+/// a refusal. (Between the last connection that is accepted and the port's end lie microseconds, in which one may come.)
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_were_made_before_the_end_are_answered() {
+    const CLIENTS: usize = 12;
+    let mut serving = serving(Duration::from_secs(20), |setup| setup.batch_time = Duration::from_millis(2)).await;
+    let address = serving.address;
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            tokio::spawn(async move {
+                let (mut answered, mut lost) = (0, 0);
+                // Until nobody listens any more.
+                while let Ok(mut client) = Client::connect(address).await {
+                    let answer = match client.send(&embed_request("the tree")).await {
+                        Ok(()) => client.answer().await,
+                        Err(error) => Err(error),
+                    };
+                    match answer {
+                        Ok(answer) => {
+                            assert!([200, 503].contains(&answer.status), "{}", answer.status);
+                            answered += 1;
+                        }
+                        Err(_) => lost += 1,
+                    }
+                }
+                (answered, lost)
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    serving.stop();
+    serving.ended.await.unwrap().unwrap();
+    let (mut answered, mut lost) = (0, 0);
+    for client in clients {
+        let (a, l) = client.await.unwrap();
+        (answered, lost) = (answered + a, lost + l);
+    }
+    assert!(answered > 100 && lost <= 1, "{answered} answered, {lost} lost");
+}
+
 #[tokio::test]
 async fn probes_and_refusals_are_answered_while_work_finishes() {
     let mut serving = serving(Duration::from_secs(5), |_| {}).await;

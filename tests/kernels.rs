@@ -212,7 +212,7 @@ fn rows_are_quantized_as_the_reference_does() {
             for rows in [0..5, 2..4, 3..3] {
                 let mut codes = vec![0xcdu8; rows.len() * stride];
                 let mut scales = vec![RowScale::default(); rows.len()];
-                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales };
+                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: None };
                 set.quantize(Block { data: &block, n_rows: 5, n }, rows.clone(), &mut to);
                 for (index, row) in rows.enumerate() {
                     let (scale, expected) = reference::quantize(&values[row * n..(row + 1) * n]);
@@ -221,6 +221,42 @@ fn rows_are_quantized_as_the_reference_does() {
                     let gap = &codes[index * stride + n..(index + 1) * stride];
                     assert!(gap.iter().all(|&byte| byte == 0xcd), "wrote beyond the row");
                 }
+            }
+        }
+    }
+}
+
+/// Every row gets the given scale; what lies outside is clipped, also what is no number.
+#[test]
+fn a_fixed_range_clips_what_lies_outside_of_it() {
+    let range = RowScale { scale: 3.0 / 255.0, low: -1.0 };
+    let expected = |value: f32| ((value - range.low) * (1.0 / range.scale)).clamp(0.0, 255.0).round_ties_even();
+    for n in [1, 15, 64, 77, 384] {
+        let mut values = floats(&mut rng(n as u64), 4 * n, 6.0);
+        values[0] = f32::INFINITY;
+        values[n] = -1e30;
+        let block = to_block(&values, n);
+        let stride = code_stride(n);
+        let ones = vec![1.0; n];
+        for set in sets() {
+            let (mut codes, mut scales) = (vec![0u8; 4 * stride], vec![RowScale::default(); 4]);
+            let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: Some(range) };
+            set.quantize(Block { data: &block, n_rows: 4, n }, 0..4, &mut to);
+            let rows = values.chunks(n).zip(codes.chunks(stride));
+            for (value, code) in rows.flat_map(|(values, codes)| values.iter().zip(codes)) {
+                assert!((f32::from(*code) - expected(*value)).abs() <= 1.0, "{}: {code} for {value}", set.name());
+            }
+            assert!(scales.iter().all(|scale| (scale.scale - range.scale).abs() < 1e-8 && scale.low == range.low));
+            assert_eq!((codes[0], codes[stride]), (255, 0), "{}", set.name());
+
+            // The same of a LayerNorm's result.
+            let mut rows: Vec<f32> = floats(&mut rng(n as u64 + 1), 4 * n, 6.0);
+            let norm = Norm { gain: &ones, bias: &ones, eps: 1e-5 };
+            let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: Some(range) };
+            set.add_norm(None, &mut rows, norm, &mut to);
+            let rows = rows.chunks(n).zip(codes.chunks(stride));
+            for (value, code) in rows.flat_map(|(values, codes)| values.iter().zip(codes)) {
+                assert!((f32::from(*code) - expected(*value)).abs() <= 1.0, "{}: {code} for {value}", set.name());
             }
         }
     }
@@ -243,7 +279,7 @@ fn residual_and_norm_are_within_the_stated_error() {
                 let mut rows = residual.clone();
                 let mut codes = vec![0u8; n_rows * stride];
                 let mut scales = vec![RowScale::default(); n_rows];
-                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales };
+                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: None };
                 let block = with_block.then_some((Block { data: &block, n_rows, n }, 0..n_rows));
                 set.add_norm(block, &mut rows, norm, &mut to);
                 for row in 0..n_rows {

@@ -226,6 +226,37 @@ fn a_pattern_is_carried_layer_by_layer_and_its_fidelity_told() {
 }
 
 #[test]
+fn ranges_of_inputs_can_be_fixed_by_every_method() {
+    let quantize = pass("quantize", "");
+    let dynamic = make(&quantize);
+    let fixed = |fields: &str| format!("{quantize}{}", pass("activations", fields));
+    let one = made(&fixed("range = \"percentile\"\npercentile = 0.999"));
+    let mut all = vec![one.open().architecture().ranges.clone()];
+    for method in ["min-max", "mse", "entropy"] {
+        let made = make(&fixed(&format!("range = \"{method}\"")));
+        assert!(made.cosine() > 0.9, "{method}: {}", made.cosine());
+        assert_eq!(made.manifest.schemes["linear.input"], "uint8-static");
+        all.push(made.open().architecture().ranges.clone());
+    }
+    for (index, ranges) in all.iter().enumerate() {
+        assert!(ranges.len() == one.open().architecture().layers.len() && !all[..index].contains(ranges));
+        assert!(ranges.iter().all(|layer| layer.all().iter().all(Option::is_some)));
+    }
+    // One range for all tokens is coarser than one for each.
+    assert!(dynamic.cosine() > one.cosine() && one.cosine() > 0.9, "{} {}", dynamic.cosine(), one.cosine());
+    assert_eq!(dynamic.manifest.schemes["linear.input"], "uint8-per-token-dynamic");
+    // Of one group only.
+    let half = make(&fixed("group = \"ffn\""));
+    for layer in &half.open().architecture().ranges {
+        assert!(
+            layer.attention_in.is_none() && layer.context.is_none() && layer.ffn_in.is_some() && layer.hidden.is_some()
+        );
+    }
+    let shown = succeeded(&niwaki().args(["inspect", "--model"]).arg(half.dir.path().join("a")).output().unwrap());
+    assert!(shown.contains("qkv, output, ffn up, ffn down: dynamic, dynamic, -"), "{shown}");
+}
+
+#[test]
 fn what_cannot_be_is_refused_with_its_line_before_any_work() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("place");
@@ -260,6 +291,9 @@ fn what_cannot_be_is_refused_with_its_line_before_any_work() {
     check(&pass("attention", "pattern = \"window=3\"\nlayers = [7]"), 4, "no layer 7");
     check(&pass("attention", "pattern = \"full\"\nmax_input_length = 60"), 4, "24 positions");
     check(&pass("attention", ""), 1, "pattern");
+    check(&(pass("quantize", "") + &pass("activations", "percentile = 0.4")), 7, "0.4 is not above");
+    check(&(pass("quantize", "") + &pass("activations", "group = \"embedding\"")), 7, "no input");
+    check(&pass("activations", ""), 1, "after");
     let blocks = pass("prune-blocks", "width = 32");
     check(&(blocks.clone() + &pass("quantize", "group = \"all\"")), 6, "`prune-blocks` has stored");
     check(&(blocks + &pass("drop-layers", "count = 1")), 4, "before every pass that stores");

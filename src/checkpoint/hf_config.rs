@@ -234,6 +234,7 @@ pub(super) fn architecture(
     let norm_eps = config.get("layer_norm_eps").and_then(Value::as_f64).unwrap_or(1e-12) as f32;
     let head = head(config, family)?;
     Ok(ArchitectureSpec {
+        ranges: Vec::new(),
         family,
         vocab_size: required_usize(config, "vocab_size")?,
         n_token_types: match family {

@@ -10,7 +10,7 @@ use super::reader::{Dtype, TensorView};
 use super::writer::TensorOut;
 use super::{CheckpointError, hf_names};
 use crate::model::{Family, LinearSlot};
-use crate::quant::{BLOCK_DEPTH, Bitmap, BlockSparse, Codebook4, LowRank, TABLE_LEN, Weight};
+use crate::quant::{BLOCK_DEPTH, Bitmap, BlockSparse, Codebook4, Int8Grouped, LowRank, TABLE_LEN, Weight};
 
 /// Where tensors are looked up by name.
 pub(super) trait Tensors<'a>: Copy {
@@ -89,12 +89,22 @@ pub(super) fn matrix<'a>(
                 return Ok(Weight::F32(tensor.to_f32()?));
             }
             let codes = Cow::Borrowed(tensor.to_i8()?);
-            if tensors.has(&format!("{name}{OFFSET_SUFFIX}")) {
-                let offset = part(OFFSET_SUFFIX)?;
-                offset.expect_shape(&[rows, 1])?;
-                Weight::Int8Affine { codes, scale: scale()?, offset: offset.to_f32()? }
-            } else {
-                Weight::Int8 { codes, scale: scale()? }
+            let offset = match tensors.has(&format!("{name}{OFFSET_SUFFIX}")) {
+                false => None,
+                true => Some(part(OFFSET_SUFFIX)?),
+            };
+            match (part(SCALE_SUFFIX)?.shape, offset) {
+                ([got, n_groups], offset) if *got == rows && *n_groups > 1 => {
+                    offset.iter().try_for_each(|offset| offset.expect_shape(&[rows, *n_groups]))?;
+                    let offset = offset.map(|offset| offset.to_f32()).transpose()?;
+                    let scale = check_scale(&part(SCALE_SUFFIX)?)?;
+                    Weight::Int8Grouped(Int8Grouped { codes, scale, offset, n_groups: *n_groups })
+                }
+                (_, None) => Weight::Int8 { codes, scale: scale()? },
+                (_, Some(offset)) => {
+                    offset.expect_shape(&[rows, 1])?;
+                    Weight::Int8Affine { codes, scale: scale()?, offset: offset.to_f32()? }
+                }
             }
         }
         Some(Form::Codebook4) => {
@@ -204,6 +214,16 @@ pub fn matrix_tensors(name: &str, weight: &Weight<'_>, rows: usize, cols: usize)
             scales(scale),
             tensor(part(OFFSET_SUFFIX), Dtype::F32, vec![rows, 1], offset),
         ],
+        Weight::Int8Grouped(grouped) => {
+            let shape = || vec![rows, grouped.n_groups];
+            let offset = grouped.offset.as_ref();
+            let mut out = vec![
+                tensor(part(""), Dtype::I8, vec![rows, cols], &grouped.codes),
+                tensor(part(SCALE_SUFFIX), Dtype::F32, shape(), &grouped.scale),
+            ];
+            out.extend(offset.map(|offset| tensor(part(OFFSET_SUFFIX), Dtype::F32, shape(), offset)));
+            out
+        }
         Weight::Codebook4(codebook) => {
             let shape = vec![rows, codebook.n_groups];
             let scale = if codebook.has_half_scales() {

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::args::InspectArgs;
 use super::default_model;
 use crate::checkpoint::{Checkpoint, Inventory, Manifest, MatrixInfo, OpenOptions};
-use crate::model::Band;
+use crate::model::{Band, ValueRange};
 
 /// Lengths that whole forwards are counted for.
 const LENGTHS: [usize; 4] = [16, 128, 512, 4_096];
@@ -143,6 +143,16 @@ fn text(checkpoint: &Checkpoint, inventory: &Inventory, each_matrix: bool) -> St
         .map(|len| format!("{:.1} M at {len} tokens", attention_macs(checkpoint, len) as f64 / 1e6))
         .collect();
     lines.push(format!("attention's own products: {}", attention.join(", ")));
+    for (layer, ranges) in spec.ranges.iter().enumerate() {
+        let words = |range: Option<ValueRange>| match range {
+            Some(ValueRange { low, high }) => format!("{low:.3} to {high:.3}"),
+            None => "dynamic".to_owned(),
+        };
+        lines.push(format!(
+            "layer {layer}, ranges of the inputs of qkv, output, ffn up, ffn down: {}",
+            ranges.all().map(words).join(", ")
+        ));
+    }
     if each_matrix {
         lines.push(String::new());
         lines.extend(matrix_lines(inventory));

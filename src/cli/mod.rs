@@ -43,10 +43,19 @@ pub fn run() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Where nobody can be told, the exit code still can.
-            drop(writeln!(std::io::stderr(), "niwaki: {error:#}"));
+            drop(writeln!(std::io::stderr(), "niwaki: {}", in_one_line(&error)));
             ExitCode::from(2)
         }
     }
+}
+
+/// An error and what it was caused by; some errors tell their cause themselves.
+fn in_one_line(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |line, cause| if line.ends_with(&cause) { line } else { format!("{line}: {cause}") })
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -47,7 +47,7 @@ pub(super) fn schemes(model: &Weights) -> BTreeMap<String, String> {
         [
             ("attention.weight", forms(&[Group::Attention])),
             ("ffn.weight", forms(&[Group::Ffn])),
-            ("linear.input", "uint8-per-token-dynamic".to_owned()),
+            ("linear.input", inputs_scheme(model.architecture()).to_owned()),
             ("linear.bias", "f32".to_owned()),
             ("embeddings", forms(&[Group::Embedding])),
             ("norms", "f32".to_owned()),
@@ -58,6 +58,20 @@ pub(super) fn schemes(model: &Weights) -> BTreeMap<String, String> {
         schemes.insert("head".to_owned(), "f32".to_owned());
     }
     schemes
+}
+
+/// How the inputs of matrices are coded.
+fn inputs_scheme(architecture: &Architecture) -> &'static str {
+    let mut inputs = (0..architecture.layers.len()).flat_map(|layer| architecture.ranges_of(layer).all());
+    if inputs.all(|range| range.is_none()) {
+        "uint8-per-token-dynamic"
+    } else if (0..architecture.layers.len())
+        .all(|layer| architecture.ranges_of(layer).all().iter().all(Option::is_some))
+    {
+        "uint8-static"
+    } else {
+        "uint8-per-token-dynamic, uint8-static"
+    }
 }
 
 fn f32_tensor(name: String, shape: Vec<usize>, values: &[f32]) -> TensorOut<'static> {
@@ -135,7 +149,8 @@ fn config(source: &Checkpoint, model: &Weights) -> Result<Value, CompressError> 
     }
     let weights = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false});
     let inputs = json!({"num_bits": 8, "type": "int", "symmetric": false, "strategy": "token", "dynamic": true});
-    let all_int8 = model.slots().into_iter().all(|slot| matches!(model.form(slot), None | Some(Weight::Int8 { .. })));
+    let all_int8 = model.slots().into_iter().all(|slot| matches!(model.form(slot), None | Some(Weight::Int8 { .. })))
+        && model.architecture().ranges.is_empty();
     if let Some(config) = config.as_object_mut()
         && !all_int8
     {

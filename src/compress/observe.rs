@@ -38,7 +38,7 @@ pub(super) struct Listening {
     /// Whether the linear layers within the branches are kept as well.
     entering: bool,
     /// These layers in the order they were played: queries, keys and values, FFN, …
-    entries: Vec<Entry>,
+    pub(super) entries: Vec<Entry>,
     /// Whether a zero variable is added to every branch's output, so that a gradient arrives there.
     probing: bool,
     /// These variables, in the order of `branches`.
@@ -59,6 +59,11 @@ impl Listening {
     /// A player whose branches' outputs can be asked for gradients.
     pub(super) fn probing() -> Self {
         Self { probing: true, ..Self::default() }
+    }
+
+    /// A player that keeps the inputs of all linear layers.
+    pub(super) fn entering() -> Self {
+        Self { entering: true, ..Self::default() }
     }
 
     /// A player where the output of every linear layer can be asked for its gradient.
@@ -203,7 +208,7 @@ impl LayerAlone {
     }
 
     pub(super) fn play(&self, rows: &Tensor, batch: &Ragged<'_>) -> Result<LayerTrace, ModelError> {
-        let mut player = Listening { resume: Some(rows.clone()), entering: true, ..Listening::default() };
+        let mut player = Listening { resume: Some(rows.clone()), ..Listening::entering() };
         let out = self.encoder.forward(&mut player, batch)?;
         let [attention, ffn]: [Branch; 2] =
             player.branches.try_into().expect("the score of a layer has two residual branches");

@@ -12,7 +12,7 @@ use super::passes::MatrixReport;
 use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, HeadSlot, LayerConfig, LinearSlot, NormSlot};
+use crate::model::{Architecture, HeadSlot, LayerConfig, LayerRanges, LinearSlot, NormSlot};
 use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// A linear layer `y = x Wᵀ + b`.
@@ -44,6 +44,8 @@ fn form_name(form: &Weight<'_>) -> &'static str {
         Weight::F32(_) => "f32",
         Weight::Int8 { .. } => "int8-per-row",
         Weight::Int8Affine { .. } => "int8-per-row-with-offset",
+        Weight::Int8Grouped(grouped) if grouped.offset.is_some() => "int8-per-group-with-offset",
+        Weight::Int8Grouped(_) => "int8-per-group",
         Weight::Codebook4(codebook) if codebook.n_groups > 1 => "codebook4-per-group",
         Weight::Codebook4(_) => "codebook4-per-row",
         Weight::LowRank(_) => "low-rank",
@@ -310,6 +312,9 @@ impl Weights {
     pub fn keep_layers(&mut self, layers: &[usize]) -> Result<(), CompressError> {
         let mut spec = self.architecture.spec();
         spec.layers = layers.iter().map(|&layer| spec.layers[layer]).collect();
+        if !spec.ranges.is_empty() {
+            spec.ranges = layers.iter().map(|&layer| spec.ranges[layer]).collect();
+        }
         self.architecture = Architecture::new(spec)?;
         self.origins = layers.iter().map(|&layer| self.origins[layer]).collect();
         self.kept = layers.iter().map(|&layer| self.kept[layer].clone()).collect();
@@ -359,6 +364,17 @@ impl Weights {
         spec.layers.iter_mut().zip(&other.layers).for_each(|(layer, other)| layer.band = other.band);
         spec.positions.tiled = other.positions.tiled;
         spec.max_input_tokens = other.max_input_tokens;
+        self.architecture = Architecture::new(spec)?;
+        Ok(())
+    }
+
+    /// Fixes the ranges of the inputs of all layers.
+    ///
+    /// # Errors
+    /// If they are not one entry a layer, or no ranges.
+    pub fn set_ranges(&mut self, ranges: Vec<LayerRanges>) -> Result<(), CompressError> {
+        let mut spec = self.architecture.spec();
+        spec.ranges = ranges;
         self.architecture = Architecture::new(spec)?;
         Ok(())
     }

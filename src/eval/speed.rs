@@ -248,6 +248,7 @@ mod tests {
 
     fn architecture() -> Architecture {
         Architecture::new(ArchitectureSpec {
+            ranges: Vec::new(),
             family: Family::Bert,
             vocab_size: 50,
             n_token_types: 2,

@@ -215,6 +215,7 @@ mod tests {
         let full = LayerConfig { n_heads: 12, d_head: 32, d_ffn: 1536, band: Band::FULL };
         let pruned = LayerConfig { n_heads: 8, d_head: 32, d_ffn: 768, band: Band::symmetric(1, 0) };
         let architecture = Architecture::new(ArchitectureSpec {
+            ranges: Vec::new(),
             family: Family::Bert,
             vocab_size: 100,
             n_token_types: 2,

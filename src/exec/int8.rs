@@ -110,8 +110,8 @@ enum Form {
     Stream { rows: Buffer<f32>, codes: Codes },
     /// Input of a linear layer.
     Codes(Codes),
-    /// Queries, keys and values: binary16 in panels.
-    Half(Buffer<u16>),
+    /// Queries, keys and values: binary16 in panels, and the range of what attention makes of them where it is fixed.
+    Half { panels: Buffer<u16>, context: Option<RowScale> },
     /// Pooled rows.
     Rows(Buffer<f32>),
 }
@@ -290,7 +290,7 @@ impl Int8 {
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
         seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let rows = cut.rows(index);
-            let mut to = CodeRowsMut { codes, stride, scales };
+            let mut to = CodeRowsMut { codes, stride, scales, range: linear.out_range };
             if let Some(block) = &columns {
                 kernels.quantize(Block { data: block, n_rows, n }, rows, &mut to);
                 return;
@@ -361,7 +361,8 @@ impl Ops for Int8 {
         seat.for_each(&parts, |lane, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
             let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
             tables.sum(kernels, batch, cut.rows(index).start, rows, &mut lane.gather);
-            kernels.add_norm(None, rows, norm.view(), &mut CodeRowsMut { codes, stride, scales });
+            let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
+            kernels.add_norm(None, rows, norm.view(), &mut to);
         });
         Ok(Int8Act { n_rows, n: d_model, form: Form::Stream { rows, codes } })
     }
@@ -379,7 +380,7 @@ impl Ops for Int8 {
             return self.refuse(Int8Error::Width { verb: "linear", expected: n_in, got: x.n });
         }
         let form = match nonlinearity(then) {
-            None => Form::Half(self.half(linear, codes, x.n_rows)),
+            None => Form::Half { panels: self.half(linear, codes, x.n_rows), context: linear.out_range },
             Some(then) => Form::Codes(self.hidden(linear, codes, x.n_rows, then)),
         };
         Ok(Int8Act { n_rows: x.n_rows, n: linear.layer.n_out(), form })
@@ -423,7 +424,7 @@ impl Ops for Int8 {
         );
         seat.for_each(&parts, |lane, index, (residual, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
             let rows = cut.rows(index);
-            let mut to = CodeRowsMut { codes, stride, scales };
+            let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
             if let Some(block) = &columns {
                 kernels.add_norm(Some((Block { data: block, n_rows, n }, rows)), residual, norm.view(), &mut to);
                 return;
@@ -478,7 +479,7 @@ impl Ops for Int8 {
                     out.extend(row[..x.n].iter().map(|&code| scale.low + scale.scale * f32::from(code)));
                 }
             }
-            Form::Half(half) => {
+            Form::Half { panels: half, .. } => {
                 for row in 0..x.n_rows {
                     out.extend((0..x.n).map(|column| half_to_f32(half[block_index(x.n_rows, row, column)])));
                 }

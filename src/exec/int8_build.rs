@@ -8,14 +8,17 @@ use super::int8_tables::{Found, Int8Tables, Table};
 use super::timed::{Timed, TimedBuild};
 use crate::checkpoint::Checkpoint;
 use crate::kernels::KernelSet;
+use crate::kernels::layout::RowScale;
 use crate::kernels::threads::Cores;
-use crate::model::{Architecture, Build, Encoder, Head, HeadSlot, LinearSlot, Model, ModelError, NormSlot};
+use crate::model::{Architecture, Build, Encoder, Head, HeadSlot, LinearSlot, Model, ModelError, NormSlot, ValueRange};
 use crate::quant::{PackedLayer, Weight};
 
 /// A linear layer.
 #[derive(Debug)]
 pub struct Int8Linear {
     pub(super) layer: PackedLayer,
+    /// The range of the input that its result becomes, after attention or an activation, where it is fixed.
+    pub(super) out_range: Option<RowScale>,
 }
 
 /// A linear layer of the classification head, in f32: it is played once per sequence, so that its cost is nothing
@@ -50,6 +53,13 @@ pub struct Int8Norm {
     pub(super) gain: Vec<f32>,
     pub(super) bias: Vec<f32>,
     pub(super) eps: f32,
+    /// The range of its result as an input, where it is fixed.
+    pub(super) range: Option<RowScale>,
+}
+
+/// `low + scale · code`, code in 0..=255.
+fn row_scale(range: ValueRange) -> RowScale {
+    RowScale { scale: (range.high - range.low) / 255.0, low: range.low }
 }
 
 impl Int8Linear {
@@ -59,7 +69,7 @@ impl Int8Linear {
     /// If the lengths do not fit.
     #[must_use]
     pub fn new(weight: &Weight<'_>, bias: &[f32], n_in: usize) -> Self {
-        Self { layer: PackedLayer::new(weight, bias, n_in) }
+        Self { layer: PackedLayer::new(weight, bias, n_in), out_range: None }
     }
 
     /// Bytes held.
@@ -182,12 +192,26 @@ impl Build<Int8> for Int8Build {
     fn norm(&mut self, slot: NormSlot) -> Result<Int8Norm, ModelError> {
         let norm = self.checkpoint.norm(slot).map_err(ModelError::player)?;
         self.bytes += 2 * size_of_val(norm.gain.as_slice());
-        Ok(Int8Norm { gain: norm.gain, bias: norm.bias, eps: norm.eps })
+        let ranges = |layer| self.checkpoint.architecture().ranges_of(layer);
+        // What a norm's result is fed to next.
+        let range = match slot {
+            NormSlot::Embedding => ranges(0).attention_in,
+            NormSlot::Attention(layer) => ranges(layer).ffn_in,
+            NormSlot::Ffn(layer) => ranges(layer + 1).attention_in,
+        };
+        Ok(Int8Norm { gain: norm.gain, bias: norm.bias, eps: norm.eps, range: range.map(row_scale) })
     }
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {
         let linear = self.checkpoint.linear(slot).map_err(ModelError::player)?;
-        let linear = Int8Linear::new(&linear.weight, &linear.bias, linear.n_in);
+        let mut linear = Int8Linear::new(&linear.weight, &linear.bias, linear.n_in);
+        let ranges = self.checkpoint.architecture().ranges_of(slot.layer());
+        linear.out_range = match slot {
+            LinearSlot::Qkv(_) => ranges.context,
+            LinearSlot::FfnUp(_) => ranges.hidden,
+            LinearSlot::AttentionOut(_) | LinearSlot::FfnDown(_) => None,
+        }
+        .map(row_scale);
         self.bytes += linear.bytes();
         self.rank = self.rank.max(linear.layer.rank());
         Ok(linear.into())

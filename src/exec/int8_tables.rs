@@ -11,7 +11,7 @@ use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, block_index, code_stride};
 use crate::kernels::{Block, CodeRowsMut, KernelSet};
 use crate::model::{ModelError, Positions, Ragged};
-use crate::quant::{BlockSparse, Codebook4, LowRank, Weight, pack_matrix, quantize_rows_symmetric};
+use crate::quant::{BlockSparse, Codebook4, Int8Grouped, LowRank, Weight, pack_matrix, quantize_rows_symmetric};
 
 /// What looking a table up in a checkpoint gives.
 pub(super) type Found<'a> = Result<Weight<'a>, CheckpointError>;
@@ -46,8 +46,8 @@ impl<T> Held<T> {
 /// Rows that can be added to others one by one.
 #[derive(Debug)]
 enum Rows {
-    /// s8 with a scale per row, and an offset if there is one.
-    Int8 { codes: Held<i8>, scale: Vec<f32>, offset: Vec<f32> },
+    /// s8 with a scale per row or group of a row, and as many offsets if there are any.
+    Int8 { codes: Held<i8>, scale: Vec<f32>, offset: Vec<f32>, n_groups: usize },
     /// Four bits per element.
     Codebook { indices: Held<u8>, table: [i8; 16], scale: Vec<f32>, zero: Vec<i8>, n_groups: usize },
 }
@@ -147,9 +147,9 @@ fn hold<T: Clone>(
 #[allow(clippy::needless_pass_by_value, reason = "what it borrows outlives it")]
 fn borrowed_codes(weight: Weight<'_>) -> &[i8] {
     match weight {
-        Weight::Int8 { codes: Cow::Borrowed(codes), .. } | Weight::Int8Affine { codes: Cow::Borrowed(codes), .. } => {
-            codes
-        }
+        Weight::Int8 { codes: Cow::Borrowed(codes), .. }
+        | Weight::Int8Affine { codes: Cow::Borrowed(codes), .. }
+        | Weight::Int8Grouped(Int8Grouped { codes: Cow::Borrowed(codes), .. }) => codes,
         _ => &[],
     }
 }
@@ -174,11 +174,19 @@ impl Rows {
                 codes: hold(codes, checkpoint, &find, borrowed_codes)?,
                 scale: scale.into_owned(),
                 offset: Vec::new(),
+                n_groups: 1,
             },
             Weight::Int8Affine { codes, scale, offset } => Self::Int8 {
                 codes: hold(codes, checkpoint, &find, borrowed_codes)?,
                 scale: scale.into_owned(),
                 offset: offset.into_owned(),
+                n_groups: 1,
+            },
+            Weight::Int8Grouped(Int8Grouped { codes, scale, offset, n_groups }) => Self::Int8 {
+                codes: hold(codes, checkpoint, &find, borrowed_codes)?,
+                scale: scale.into_owned(),
+                offset: offset.map(Cow::into_owned).unwrap_or_default(),
+                n_groups,
             },
             Weight::Codebook4(Codebook4 { indices, table, scale, zero, n_groups }) => Self::Codebook {
                 indices: hold(indices, checkpoint, &find, borrowed_indices)?,
@@ -193,8 +201,12 @@ impl Rows {
 
     /// Takes a weight that is not in a mapping.
     fn of(weight: &Weight<'_>, width: usize) -> Self {
-        let int8 =
-            |codes, scale: &[f32]| Self::Int8 { codes: Held::Owned(codes), scale: scale.to_vec(), offset: Vec::new() };
+        let int8 = |codes, scale: &[f32]| Self::Int8 {
+            codes: Held::Owned(codes),
+            scale: scale.to_vec(),
+            offset: Vec::new(),
+            n_groups: 1,
+        };
         match weight {
             Weight::Bitmap(bitmap) => int8(bitmap.dense_codes(width), &bitmap.scale),
             Weight::BlockSparse(sparse @ BlockSparse { scale, .. }) => int8(sparse.dense_codes(width), scale),
@@ -207,7 +219,7 @@ impl Rows {
 
     fn bytes(&self) -> usize {
         match self {
-            Self::Int8 { codes, scale, offset } => {
+            Self::Int8 { codes, scale, offset, .. } => {
                 codes.bytes() + size_of_val(scale.as_slice()) + size_of_val(offset.as_slice())
             }
             Self::Codebook { indices, scale, zero, .. } => indices.bytes() + size_of_val(scale.as_slice()) + zero.len(),
@@ -218,10 +230,15 @@ impl Rows {
     fn add(&self, kernels: &KernelSet, index: usize, row: &mut [f32]) {
         let width = row.len();
         match self {
-            Self::Int8 { codes, scale, offset } => {
-                kernels.add_codes(row, &codes[index * width..(index + 1) * width], scale[index]);
-                if let Some(offset) = offset.get(index) {
-                    row.iter_mut().for_each(|value| *value += offset);
+            Self::Int8 { codes, scale, offset, n_groups } => {
+                let group = Codebook4::group_len(width, *n_groups);
+                let codes = &codes[index * width..(index + 1) * width];
+                for (at, (row, codes)) in row.chunks_mut(group).zip(codes.chunks(group)).enumerate() {
+                    let at = index * n_groups + at;
+                    kernels.add_codes(row, codes, scale[at]);
+                    if let Some(offset) = offset.get(at) {
+                        row.iter_mut().for_each(|value| *value += offset);
+                    }
                 }
             }
             Self::Codebook { indices, table, scale, zero, n_groups } => {
@@ -346,7 +363,7 @@ impl Table {
         let stride = code_stride(rank);
         let codes = gather.codes.first::<u8>(n_rows * stride);
         let scales = gather.scales.first::<RowScale>(n_rows);
-        let mut to = CodeRowsMut { codes, stride, scales };
+        let mut to = CodeRowsMut { codes, stride, scales, range: None };
         kernels.quantize(Block { data: block, n_rows, n: rank }, 0..n_rows, &mut to);
         let x = CodeRows { codes: to.codes, stride, scales: to.scales };
         let sums = gather.sums.first::<f32>(n_rows * PANEL);

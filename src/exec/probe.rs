@@ -39,7 +39,7 @@ impl Build<Int8> for MadeUp<'_> {
 
     fn norm(&mut self, _slot: NormSlot) -> Result<Int8Norm, ModelError> {
         let width = self.0.d_model;
-        Ok(Int8Norm { gain: vec![1.0; width], bias: vec![0.0; width], eps: 1e-12 })
+        Ok(Int8Norm { gain: vec![1.0; width], bias: vec![0.0; width], eps: 1e-12, range: None })
     }
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {

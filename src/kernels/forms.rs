@@ -5,10 +5,15 @@
 //! codebook   [n_panels][n_pairs][PANEL][4] u8    byte j of column n: the index of k = 8 p + j in its lower half, that of
 //!                                                k = 8 p + 4 + j in its upper half, so that one shuffle decodes four k of
 //!                                                as many columns as a vector holds
+//! groups     [n_panels][k_groups][PANEL][4] s8   as dense INT8; beside it scales, offsets and sums per group of inputs
 //! blocks     [n_blocks][width][4] s8             by strip of `width` columns; beside each block the first k that it takes
 //! ```
 
 use super::layout::{PANEL, PackedLinear, PanelColumns};
+
+mod groups;
+
+pub use self::groups::{GroupParts, PackedGroups};
 
 /// Inputs of a pair of groups of four: what one packed byte per column and j covers.
 pub(super) const PAIR: usize = 8;
@@ -26,6 +31,8 @@ pub enum PackedMatrix {
     Codebook(PackedCodebook),
     /// Blocks of INT8, or all of them with an offset per column.
     Blocks(PackedBlocks),
+    /// INT8 with a scale, and maybe an offset, per group of inputs.
+    Groups(PackedGroups),
 }
 
 /// What the packing functions take besides the weights.
@@ -104,6 +111,7 @@ impl PackedMatrix {
             Self::Dense(dense) => dense.n_out(),
             Self::Codebook(codebook) => codebook.n_out,
             Self::Blocks(blocks) => blocks.n_out,
+            Self::Groups(groups) => groups.n_out(),
         }
     }
 
@@ -114,6 +122,7 @@ impl PackedMatrix {
             Self::Dense(dense) => dense.n_in(),
             Self::Codebook(codebook) => codebook.n_in,
             Self::Blocks(blocks) => blocks.n_in,
+            Self::Groups(groups) => groups.n_in(),
         }
     }
 
@@ -130,6 +139,7 @@ impl PackedMatrix {
             Self::Dense(dense) => dense.bytes(),
             Self::Codebook(codebook) => codebook.bytes(),
             Self::Blocks(blocks) => blocks.bytes(),
+            Self::Groups(groups) => groups.bytes(),
         }
     }
 }

@@ -92,6 +92,41 @@ pub struct LayerConfig {
     pub band: Band,
 }
 
+/// Values that an activation takes: what lies outside is clipped.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ValueRange {
+    /// The lowest value.
+    pub low: f32,
+    /// The highest value, above `low`.
+    pub high: f32,
+}
+
+/// Ranges of the inputs of a layer's four matrices that were fixed beforehand; without one, every token has its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LayerRanges {
+    /// Of queries, keys and values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_in: Option<ValueRange>,
+    /// Of the attention's output matrix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<ValueRange>,
+    /// Of the FFN's first matrix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ffn_in: Option<ValueRange>,
+    /// Of the FFN's second matrix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<ValueRange>,
+}
+
+impl LayerRanges {
+    /// All four, in the order of the score.
+    #[must_use]
+    pub fn all(&self) -> [Option<ValueRange>; 4] {
+        [self.attention_in, self.context, self.ffn_in, self.hidden]
+    }
+}
+
 /// Everything the score needs to know about an encoder. Unchecked: see [`Architecture`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ArchitectureSpec {
@@ -111,6 +146,9 @@ pub struct ArchitectureSpec {
     pub activation: Activation,
     /// Layers from input to output.
     pub layers: Vec<LayerConfig>,
+    /// Fixed ranges of the layers' inputs, one entry a layer; empty when all are dynamic.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<LayerRanges>,
     /// Sentence pooling.
     pub pooling: Pooling,
     /// Whether the sentence encoder ends in an L2 normalisation.
@@ -178,6 +216,16 @@ impl Architecture {
                 return Err(ModelError::Architecture { field: "pooling", reason });
             }
         }
+        if !spec.ranges.is_empty() && spec.ranges.len() != spec.layers.len() {
+            let reason = format!("{} for {} layers", spec.ranges.len(), spec.layers.len());
+            return Err(ModelError::Architecture { field: "ranges", reason });
+        }
+        for ValueRange { low, high } in spec.ranges.iter().flat_map(LayerRanges::all).flatten() {
+            if !(low.is_finite() && high.is_finite() && low < high) {
+                let reason = format!("{low} to {high} is no range of values");
+                return Err(ModelError::Architecture { field: "ranges", reason });
+            }
+        }
         for layer in &spec.layers {
             in_range("n_heads", layer.n_heads, MAX_WIDTH)?;
             in_range("d_head", layer.d_head, MAX_WIDTH)?;
@@ -185,6 +233,12 @@ impl Architecture {
             in_range("n_heads * d_head", layer.d_context(), MAX_WIDTH / 3)?;
         }
         Ok(Self(spec))
+    }
+
+    /// Fixed ranges of a layer's inputs; none where they are dynamic.
+    #[must_use]
+    pub fn ranges_of(&self, layer: usize) -> LayerRanges {
+        self.ranges.get(layer).copied().unwrap_or_default()
     }
 
     /// The unchecked data, for edits that are checked again by [`Architecture::new`].

@@ -15,7 +15,9 @@ mod ops;
 
 pub use band::{Band, BandError, Seen, Shape};
 pub use batch::{Ragged, RaggedBatch};
-pub use config::{Activation, Architecture, ArchitectureSpec, Family, LayerConfig, Pooling, Positions};
+pub use config::{
+    Activation, Architecture, ArchitectureSpec, Family, LayerConfig, LayerRanges, Pooling, Positions, ValueRange,
+};
 pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
 pub use forward::{Forward, ForwardMemory, GROUP_GRAIN, Model, Outputs, Want};

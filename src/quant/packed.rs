@@ -1,7 +1,9 @@
 //! Linear layers in the forms that the integer kernels read.
 
 use super::{LowRank, Weight, quantize_rows_symmetric};
-use crate::kernels::forms::{CodebookParts, LayerShape, PackedBlocks, PackedCodebook, PackedMatrix};
+use crate::kernels::forms::{
+    CodebookParts, GroupParts, LayerShape, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix,
+};
 use crate::kernels::layout::PackedLinear;
 
 /// A linear layer as it is executed.
@@ -86,6 +88,15 @@ pub fn pack_matrix(weight: &Weight<'_>, bias: &[f32], n_in: usize) -> PackedMatr
         Weight::Int8 { codes, scale } => PackedMatrix::Dense(PackedLinear::new(codes, scale, bias, n_in)),
         Weight::Int8Affine { codes, scale, offset } => {
             PackedMatrix::Blocks(PackedBlocks::affine(codes, scale, offset, layer))
+        }
+        Weight::Int8Grouped(grouped) => {
+            let parts = GroupParts {
+                codes: &grouped.codes,
+                scale: &grouped.scale,
+                offset: grouped.offset.as_deref(),
+                group: super::Codebook4::group_len(n_in, grouped.n_groups),
+            };
+            PackedMatrix::Groups(PackedGroups::new(parts, layer))
         }
         Weight::Codebook4(codebook) => {
             let parts = CodebookParts {

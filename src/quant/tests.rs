@@ -131,7 +131,9 @@ fn a_bitmap_stores_what_is_not_zero() {
 #[test]
 fn parts_that_do_not_fit_are_refused() {
     let codebook = || Codebook4::nearest(&values(6, 64), 16, LINEAR, vec![0.1; 8], None, 2);
-    let broken: [(&str, Weight<'static>); 12] = [
+    let grouped = || Int8Grouped { codes: vec![1; 64].into(), scale: vec![1.0; 8].into(), offset: None, n_groups: 2 };
+    assert!(Weight::Int8Grouped(grouped()).check(4, 16).is_ok());
+    let broken: [(&str, Weight<'static>); 16] = [
         ("scale", Weight::Codebook4(Codebook4 { scale: vec![0.1; 7].into(), ..codebook() })),
         ("scale", Weight::Codebook4(Codebook4 { scale: vec![f32::NAN; 8].into(), ..codebook() })),
         ("scale", Weight::Codebook4(Codebook4 { n_groups: 3, ..codebook() })),
@@ -148,6 +150,10 @@ fn parts_that_do_not_fit_are_refused() {
                 offset: vec![0.0, f32::INFINITY, 0.0, 0.0].into(),
             },
         ),
+        ("scale", Weight::Int8Grouped(Int8Grouped { n_groups: 1, ..grouped() })),
+        ("scale", Weight::Int8Grouped(Int8Grouped { scale: vec![1.0; 7].into(), ..grouped() })),
+        ("codes", Weight::Int8Grouped(Int8Grouped { codes: vec![1; 63].into(), ..grouped() })),
+        ("offset", Weight::Int8Grouped(Int8Grouped { offset: Some(vec![f32::NAN; 8].into()), ..grouped() })),
         (
             "mask",
             Weight::BlockSparse(BlockSparse {

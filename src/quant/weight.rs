@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::{Bitmap, BlockSparse, Codebook4};
+use super::{Bitmap, BlockSparse, Codebook4, Int8Grouped};
 
 /// A matrix as it is stored, row-major `[rows, cols]`, one output channel (or one embedding) per row.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +25,8 @@ pub enum Weight<'a> {
         /// `[rows]`, the value of code 0.
         offset: Cow<'a, [f32]>,
     },
+    /// Linear INT8 with a scale per group of a row.
+    Int8Grouped(Int8Grouped<'a>),
     /// Four bits per element and a table of 16 values.
     Codebook4(Codebook4<'a>),
     /// A product of two thin matrices.
@@ -81,7 +83,7 @@ pub(super) fn expect_scales(scale: &[f32], per_row: usize) -> Result<(), FormErr
     }
 }
 
-fn expect_finite(part: &'static str, values: &[f32]) -> Result<(), FormError> {
+pub(super) fn expect_finite(part: &'static str, values: &[f32]) -> Result<(), FormError> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(index) => Err(FormError::new(part, format!("not finite (element {index})"))),
@@ -108,6 +110,7 @@ impl Weight<'_> {
             Self::F32(values) => values.to_vec(),
             Self::Int8 { codes, scale } => affine(codes, cols, scale, |_| 0.0).collect(),
             Self::Int8Affine { codes, scale, offset } => affine(codes, cols, scale, |row| offset[row]).collect(),
+            Self::Int8Grouped(grouped) => grouped.to_f32(cols),
             Self::Codebook4(codebook) => codebook.to_f32(cols),
             Self::LowRank(LowRank { rank, down, up }) => multiply(&up.to_f32(*rank), &down.to_f32(cols), *rank, cols),
             Self::BlockSparse(sparse) => sparse.to_f32(cols),
@@ -121,6 +124,7 @@ impl Weight<'_> {
         match self {
             Self::F32(values) => values.len() / cols.max(1),
             Self::Int8 { scale, .. } | Self::Int8Affine { scale, .. } => scale.len(),
+            Self::Int8Grouped(grouped) => grouped.n_rows(),
             Self::Codebook4(codebook) => codebook.n_rows(),
             Self::LowRank(LowRank { rank, up, .. }) => up.n_rows(*rank),
             Self::BlockSparse(sparse) => sparse.scale.len(),
@@ -152,6 +156,7 @@ impl Weight<'_> {
                 expect_len("offset", offset.len(), Some(rows))?;
                 expect_finite("offset", offset)
             }
+            Self::Int8Grouped(grouped) => grouped.check(rows, cols),
             Self::Codebook4(codebook) => codebook.check(rows, cols),
             Self::LowRank(LowRank { rank, down, up }) => {
                 let nested = |weight: &Weight<'_>| matches!(weight, Weight::LowRank(_));
@@ -176,6 +181,7 @@ impl Weight<'_> {
             Self::F32(values) => 4 * values.len(),
             Self::Int8 { codes, scale } => codes.len() + 4 * scale.len(),
             Self::Int8Affine { codes, scale, .. } => codes.len() + 8 * scale.len(),
+            Self::Int8Grouped(grouped) => grouped.n_bytes(),
             Self::Codebook4(codebook) => codebook.n_bytes(),
             Self::LowRank(LowRank { down, up, .. }) => down.n_bytes() + up.n_bytes(),
             Self::BlockSparse(sparse) => sparse.mask.len() + sparse.blocks.len() + 4 * sparse.scale.len(),
@@ -201,6 +207,10 @@ impl Weight<'_> {
             Self::F32(_) => "f32".to_owned(),
             Self::Int8 { .. } => "int8".to_owned(),
             Self::Int8Affine { .. } => "int8-affine".to_owned(),
+            Self::Int8Grouped(grouped) => match grouped.offset {
+                None => format!("int8, {} groups", grouped.n_groups),
+                Some(_) => format!("int8-affine, {} groups", grouped.n_groups),
+            },
             Self::Codebook4(codebook) => match codebook.n_groups {
                 1 => "codebook4".to_owned(),
                 n_groups => format!("codebook4, {n_groups} groups"),
@@ -225,6 +235,12 @@ impl Weight<'_> {
             Self::Int8Affine { codes, scale, offset } => {
                 Weight::Int8Affine { codes: own(codes), scale: own(scale), offset: own(offset) }
             }
+            Self::Int8Grouped(Int8Grouped { codes, scale, offset, n_groups }) => Weight::Int8Grouped(Int8Grouped {
+                codes: own(codes),
+                scale: own(scale),
+                offset: offset.map(own),
+                n_groups,
+            }),
             Self::Codebook4(Codebook4 { indices, table, scale, zero, n_groups }) => Weight::Codebook4(Codebook4 {
                 indices: own(indices),
                 table,
@@ -256,6 +272,12 @@ impl Weight<'_> {
             Self::Int8Affine { codes, scale, offset } => {
                 Weight::Int8Affine { codes: lend(codes), scale: lend(scale), offset: lend(offset) }
             }
+            Self::Int8Grouped(grouped) => Weight::Int8Grouped(Int8Grouped {
+                codes: lend(&grouped.codes),
+                scale: lend(&grouped.scale),
+                offset: grouped.offset.as_deref().map(lend),
+                n_groups: grouped.n_groups,
+            }),
             Self::Codebook4(codebook) => Weight::Codebook4(Codebook4 {
                 indices: lend(&codebook.indices),
                 table: codebook.table,

@@ -338,6 +338,7 @@ mod tests {
 
     fn state() -> AppState {
         let spec = ArchitectureSpec {
+            ranges: Vec::new(),
             family: Family::Bert,
             vocab_size: 4,
             n_token_types: 0,

@@ -110,7 +110,7 @@ fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
         let stride = code_stride(rank);
         let data = &middle[..form.first.n_panels() * n_rows * PANEL];
         let (codes, scales) = (&mut between[..n_rows * stride], &mut steps[..n_rows]);
-        let mut to = CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales };
+        let mut to = CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales, range: None };
         set.quantize(Block { data, n_rows, n: rank }, 0..n_rows, &mut to);
         panels(&CodeRows { codes, stride, scales }, second, out);
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use niwaki::checkpoint::{Checkpoint, Dtype, TensorOut, hf_names, linear_tensors, matrix_tensors, write_safetensors};
 use niwaki::model::{LinearSlot, NormSlot};
-use niwaki::quant::{Bitmap, BlockSparse, Codebook4, LowRank, Weight, quantize_rows_affine, quantize_rows_symmetric};
+use niwaki::quant::{
+    Bitmap, BlockSparse, Codebook4, Int8Grouped, LowRank, Weight, quantize_rows_affine, quantize_rows_symmetric,
+};
 
 use super::tiny::{TinyModel, tiny_dir};
 
@@ -13,6 +15,10 @@ use super::tiny::{TinyModel, tiny_dir};
 pub(crate) enum Kind {
     Int8,
     Affine,
+    /// Scales per group of 8 columns.
+    Groups,
+    /// Scales and offsets per group of 8 columns.
+    AffineGroups,
     /// One scale per row.
     Codebook,
     /// Scales and zeros per group of 8 columns.
@@ -27,9 +33,11 @@ pub(crate) enum Kind {
 }
 
 /// All of them.
-pub(crate) const KINDS: [Kind; 10] = [
+pub(crate) const KINDS: [Kind; 12] = [
     Kind::Int8,
     Kind::Affine,
+    Kind::Groups,
+    Kind::AffineGroups,
     Kind::Codebook,
     Kind::CodebookGroups,
     Kind::CodebookWide,
@@ -48,6 +56,32 @@ pub(crate) const NF4: [i8; 16] = [-127, -88, -67, -50, -36, -23, -12, 0, 10, 20,
 fn int8(values: &[f32], cols: usize) -> Weight<'static> {
     let (codes, scale) = quantize_rows_symmetric(values, cols);
     Weight::Int8 { codes: codes.into(), scale: scale.into() }
+}
+
+/// Groups of 8 columns, each with a scale, and with an offset if asked for; a row of one group has the form without groups.
+fn groups(values: &[f32], cols: usize, affine: bool) -> Weight<'static> {
+    let n_groups = Codebook4::n_groups(cols, 8);
+    let (mut codes, mut scales, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
+    for group in values.chunks_exact(cols).flat_map(|row| row.chunks(Codebook4::group_len(cols, n_groups))) {
+        let shift = if affine { 0.05 } else { 0.0 };
+        let shifted: Vec<f32> = group.iter().map(|value| value + shift).collect();
+        let (part, scale, offset) = match affine {
+            true => quantize_rows_affine(&shifted, group.len()),
+            false => {
+                let (codes, scale) = quantize_rows_symmetric(&shifted, group.len());
+                (codes, scale, vec![0.0])
+            }
+        };
+        codes.extend(part);
+        scales.extend(scale);
+        offsets.extend(offset);
+    }
+    let (codes, scale) = (codes.into(), scales.into());
+    match (n_groups, affine) {
+        (1, false) => Weight::Int8 { codes, scale },
+        (1, true) => Weight::Int8Affine { codes, scale, offset: offsets.into() },
+        _ => Weight::Int8Grouped(Int8Grouped { codes, scale, offset: affine.then(|| offsets.into()), n_groups }),
+    }
 }
 
 /// Scales by the largest magnitude of each group, and codes by the nearest entry.
@@ -76,6 +110,7 @@ pub(crate) fn store(kind: Kind, values: &[f32], cols: usize) -> Weight<'static> 
             let (codes, scale, offset) = quantize_rows_affine(&shifted, cols);
             Weight::Int8Affine { codes: codes.into(), scale: scale.into(), offset: offset.into() }
         }
+        Kind::Groups | Kind::AffineGroups => groups(values, cols, kind == Kind::AffineGroups),
         Kind::Codebook => codebook(values, cols, LINEAR, 1, None),
         Kind::CodebookGroups => codebook(values, cols, LINEAR, Codebook4::n_groups(cols, 8), Some(-1)),
         Kind::CodebookWide => codebook(values, cols, NF4, 1, None),

@@ -25,6 +25,7 @@ const D_MODEL: usize = 3;
 
 fn architecture() -> Architecture {
     Architecture::new(ArchitectureSpec {
+        ranges: Vec::new(),
         family: Family::Bert,
         vocab_size: VOCAB,
         n_token_types: 2,

@@ -142,6 +142,7 @@ impl Arithmetic {
     pub(crate) fn new(batch_time: Duration, head: Option<HeadConfig>) -> Self {
         let band = Band::FULL;
         let spec = ArchitectureSpec {
+            ranges: Vec::new(),
             family: Family::Bert,
             vocab_size: WORDS.len(),
             n_token_types: 2,

@@ -24,15 +24,27 @@ impl Input {
         }
     }
 
-    /// Token ids, cut to what the model takes.
-    pub(super) fn into_ids(self, tokenizer: &Tokenizer, max_tokens: usize) -> anyhow::Result<Vec<u32>> {
-        let mut ids = match self {
-            Self::Text(text) => tokenizer.encode(&text, true)?,
-            Self::Ids(ids) => ids,
-        };
-        ids.truncate(max_tokens);
-        Ok(ids)
+    fn into_ids(self, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
+        match self {
+            Self::Text(text) => Ok(tokenizer.encode(&text, true)?),
+            Self::Ids(ids) => Ok(ids),
+        }
     }
+}
+
+/// Token ids, cut to what the model takes; that some were is said, because it makes a figure one of shorter inputs.
+pub(super) fn into_ids(inputs: Vec<Input>, tokenizer: &Tokenizer, max_tokens: usize) -> anyhow::Result<Vec<Vec<u32>>> {
+    let ids = inputs.into_iter().map(|input| input.into_ids(tokenizer));
+    let mut sequences = ids.collect::<anyhow::Result<Vec<_>>>()?;
+    let n_cut = sequences.iter().filter(|ids| ids.len() > max_tokens).count();
+    if n_cut > 0 {
+        let of = sequences.len();
+        eprintln!(
+            "{n_cut} of {of} inputs are cut to the model's {max_tokens} tokens; --max-input-length allows others"
+        );
+    }
+    sequences.iter_mut().for_each(|ids| ids.truncate(max_tokens));
+    Ok(sequences)
 }
 
 /// The inputs that the flags name. Made-up ids are spread over the vocabulary, so that embedding rows are not all in cache.

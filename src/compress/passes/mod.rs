@@ -1,5 +1,6 @@
 //! What a recipe can ask for: one file per pass, one line in the list below.
 
+mod activations;
 mod attention;
 mod correct_bias;
 mod drop_layers;
@@ -31,6 +32,7 @@ use crate::exec::Runtime;
 use crate::model::Architecture;
 use crate::text::Tokenizer;
 
+use activations::Activations;
 pub use attention::{Attention, Pattern as AttentionPattern};
 pub use correct_bias::CorrectBias;
 pub use drop_layers::DropLayers;
@@ -228,5 +230,6 @@ passes! {
     "quantize" => Quantize,
     "mixed-precision" => MixedPrecision,
     "correct-bias" => CorrectBias,
+    "activations" => Activations,
     "sensitivity" => Sensitivity,
 }

@@ -5,6 +5,7 @@ use crate::model::{Activation, ArchitectureSpec, Family, LayerConfig, Pooling, P
 fn architecture() -> Architecture {
     let layer = LayerConfig { n_heads: 4, d_head: 8, d_ffn: 128, band: crate::model::Band::FULL };
     Architecture::new(ArchitectureSpec {
+        ranges: Vec::new(),
         family: Family::Bert,
         vocab_size: 50,
         n_token_types: 2,

@@ -174,7 +174,7 @@ impl Int8 {
         batch: &Ragged<'_>,
     ) -> Result<Int8Act, ModelError> {
         let heads = Heads { n_heads: spec.n_heads, d_head: spec.d_head };
-        let Form::Half(half) = &qkv.form else {
+        let Form::Half { panels: half, context: range } = &qkv.form else {
             return self.refuse(Int8Error::Form { verb: "attend" });
         };
         if qkv.n != 3 * heads.d_context() || qkv.n_rows != batch.n_tokens() {
@@ -219,7 +219,7 @@ impl Int8 {
             let scratch = scratch.first(at.attention.scratch(heads, keys));
             let queries = Queries { first, keys, step: band.query_step() };
             at.attention.attend(&sequence, queries, &packed[at.packed.clone()], scratch, block);
-            let mut to = CodeRowsMut { codes, stride, scales };
+            let mut to = CodeRowsMut { codes, stride, scales, range: *range };
             kernels.quantize(Block { data: block, n_rows, n }, 0..n_rows, &mut to);
         });
         Ok(Int8Act { n_rows: qkv.n_rows, n, form: Form::Codes(to) })

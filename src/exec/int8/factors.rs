@@ -48,7 +48,11 @@ impl Middle {
         let codes = self.codes.first::<u8>(n_rows * stride);
         let scales = self.scales.first::<RowScale>(n_rows);
         let block = Block { data: block, n_rows, n: rank };
-        kernels.quantize(block, 0..n_rows, &mut CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales });
+        kernels.quantize(
+            block,
+            0..n_rows,
+            &mut CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales, range: None },
+        );
         (CodeRows { codes, stride, scales }, up)
     }
 }
@@ -76,7 +80,7 @@ impl Int8 {
         let cut = row_cut(n_rows, seat.n_cores());
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
         seat.for_each(&parts, |_, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
-            let mut to = CodeRowsMut { codes, stride, scales };
+            let mut to = CodeRowsMut { codes, stride, scales, range: None };
             kernels.quantize(Block { data: &block, n_rows, n: rank }, cut.rows(index), &mut to);
         });
         Some(to)

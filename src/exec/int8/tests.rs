@@ -23,6 +23,7 @@ impl Random {
     fn new(band: Band, d_model: usize) -> Self {
         let layer = |n_heads, d_head, d_ffn| LayerConfig { n_heads, d_head, d_ffn, band };
         let spec = ArchitectureSpec {
+            ranges: Vec::new(),
             family: Family::Bert,
             vocab_size: 300,
             n_token_types: 2,
@@ -64,7 +65,7 @@ impl Build<Int8> for Random {
 
     fn norm(&mut self, _: NormSlot) -> Result<Int8Norm, ModelError> {
         let d = self.architecture.d_model;
-        Ok(Int8Norm { gain: self.values(d, 1.0, 0.3), bias: self.values(d, 0.0, 0.3), eps: 1e-12 })
+        Ok(Int8Norm { gain: self.values(d, 1.0, 0.3), bias: self.values(d, 0.0, 0.3), eps: 1e-12, range: None })
     }
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {

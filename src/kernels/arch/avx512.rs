@@ -6,10 +6,12 @@ use std::arch::x86_64::*;
 use super::attend::integers::Vnni;
 use super::attend::products::{Bytes, F32, Words};
 use super::attend::table::{Forms, attention};
+use super::codebook::Codebook;
 use super::gemm::{Gemm, Sink, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
 use crate::kernels::AttentionForm;
+use crate::kernels::forms::PAIR;
 
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
@@ -110,7 +112,7 @@ unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
 /// `gemm_u8i8_avx512_vnni`: 6x64 tiles. With few rows the product is bound by reading weights, so the next panel is
 /// fetched meanwhile, its cache lines spread over the row tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
     // SAFETY: passed on unchanged.
     unsafe {
         match gemm.n_rows.div_ceil(6) {
@@ -119,6 +121,44 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
             2 | 3 => tiles::<T, 2>(gemm),
             4..=6 => tiles::<T, 1>(gemm),
             _ => tiles::<T, 0>(gemm),
+        }
+    }
+}
+
+/// Decodes a panel of 4-bit indices into `[⌈n_in / 4⌉][PANEL][4]`, zeros of groups taken off.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+pub(super) unsafe fn decode<T>(args: &Codebook<T>, to: *mut i8) {
+    // SAFETY: the panel holds the pairs of `n_in` inputs, `to` as many groups of four; there are `n_groups` zeros.
+    unsafe {
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(args.table.cast()));
+        let nibble = _mm512_set1_epi8(15);
+        for pair in 0..args.n_in.div_ceil(PAIR) {
+            let rest = args.n_in - pair * PAIR;
+            for vector in 0..4 {
+                let packed = args.gemm.weights.add((pair * 4 + vector) * 64);
+                let packed = _mm512_loadu_si512(packed.cast());
+                let mut halves = [
+                    _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble)),
+                    _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16::<4>(packed), nibble)),
+                ];
+                if args.n_groups > 0 {
+                    let zeros = (*args.zeros.add(pair / args.group_pairs)).as_ptr().add(vector * 16);
+                    let zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.cast()));
+                    let zero = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x0101_0101));
+                    halves = [_mm512_sub_epi8(halves[0], zero), _mm512_sub_epi8(halves[1], zero)];
+                }
+                for (half, mut bytes) in halves.into_iter().enumerate() {
+                    // Bytes beyond the last input are those of no weight.
+                    let n_bytes = rest.saturating_sub(half * 4).min(4);
+                    if n_bytes == 0 {
+                        continue;
+                    }
+                    if n_bytes < 4 {
+                        bytes = _mm512_and_si512(bytes, _mm512_set1_epi32((1 << (8 * n_bytes)) - 1));
+                    }
+                    _mm512_storeu_si512(to.add(((pair * 2 + half) * 4 + vector) * 64).cast(), bytes);
+                }
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ mod codebook;
 pub(super) mod detect;
 mod dot;
 mod gemm;
+mod groups;
 pub(super) mod peak;
 mod products;
 mod rows;
@@ -85,6 +86,9 @@ pub struct CodeRowsMut<'a> {
     pub stride: usize,
     /// One per row.
     pub scales: &'a mut [RowScale],
+    /// The range of all rows where it was fixed beforehand, values outside of it being clipped; otherwise each row has the
+    /// range of its values.
+    pub range: Option<RowScale>,
 }
 
 impl Block<'_> {
@@ -231,7 +235,7 @@ impl KernelSet {
     /// ```text
     /// low = min_c x[c], scale = (max_c x[c] − low) / 255, code[c] = round((x[c] − low) / scale)
     /// ```
-    /// *Error*: half a step.
+    /// *Error*: half a step; with a fixed range, what is clipped besides.
     ///
     /// # Panics
     /// If the sizes do not fit.
@@ -246,6 +250,7 @@ impl KernelSet {
             codes: to.codes.as_mut_ptr(),
             stride: to.stride,
             scales: to.scales.as_mut_ptr(),
+            range: to.range,
         };
         // SAFETY: `Isa` proves the instruction set; sizes are checked above.
         unsafe { (self.table.quantize)(&args) }
@@ -288,6 +293,7 @@ impl KernelSet {
             codes: to.codes.as_mut_ptr(),
             stride: to.stride,
             scales: to.scales.as_mut_ptr(),
+            range: to.range,
         };
         // SAFETY: `Isa` proves the instruction set; sizes are checked above.
         unsafe { (self.table.add_norm)(&args) }

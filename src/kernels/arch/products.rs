@@ -1,10 +1,13 @@
 //! Matrix products of every form of [`PackedMatrix`]: the instantiations per instruction set, and their safe face.
 
+use std::mem::MaybeUninit;
+
 use super::KernelSet;
 use super::blocks::Blocks;
 use super::codebook::Codebook;
 use super::gemm::Gemm;
-use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedMatrix};
+use super::groups::Groups;
+use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix};
 use crate::kernels::isa::IsaName;
 use crate::kernels::layout::{CodeRows, PANEL, PanelColumns};
 
@@ -17,7 +20,29 @@ struct Products<T> {
     grouped: Option<BySize<T>>,
     blocks: unsafe fn(&Blocks<T>),
     offset_blocks: Option<unsafe fn(&Blocks<T>)>,
+    groups: Option<unsafe fn(&Groups<T>)>,
+    /// For codebooks whose weights are decoded once for many rows: how, and the product of dense INT8.
+    ahead: Option<Ahead<T>>,
 }
+
+/// Decodes a panel into the layout of dense INT8.
+type Decode<T> = unsafe fn(&Codebook<T>, *mut i8);
+
+/// Decoding ahead of a dense product.
+#[derive(Clone, Copy)]
+struct Ahead<T> {
+    decode: Decode<T>,
+    dense: unsafe fn(&Gemm<T>),
+}
+
+/// Rows from which decoding a panel once is faster than decoding it for every tile of rows.
+const AHEAD_ROWS: usize = 13;
+/// Most inputs of a panel that is decoded ahead.
+const AHEAD_INPUTS: usize = 2_048;
+
+/// Room for a decoded panel.
+#[repr(C, align(64))]
+struct Decoded([MaybeUninit<i8>; AHEAD_INPUTS * PANEL]);
 
 /// The kernels of an instruction set beside those for dense INT8.
 pub(super) struct Forms {
@@ -71,6 +96,7 @@ macro_rules! products {
             use crate::kernels::arch::codebook::{self, Codebook, Tile, ValueSink};
             use crate::kernels::arch::dot::Dot;
             use crate::kernels::arch::gemm::{Sink, row_tiles};
+            use crate::kernels::arch::groups::{self, Groups};
             use crate::kernels::arch::products::up_to;
             use crate::kernels::arch::simd::Simd;
             use crate::kernels::forms::PAIR;
@@ -101,6 +127,12 @@ macro_rules! products {
             }
 
             #[$features]
+            unsafe fn groups_tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(args: &Groups<T>, tile: Tile) {
+                // SAFETY: passed on unchanged.
+                unsafe { groups::tile::<D, T, R, V>(args, tile) }
+            }
+
+            #[$features]
             pub(super) unsafe fn plain<T: Sink>(args: &Codebook<T>) {
                 let k = args.n_in.next_multiple_of(PAIR);
                 tiles!(args, k, PANEL, $rows x $vectors, plain_tile::<$dot, T>);
@@ -120,6 +152,11 @@ macro_rules! products {
                 let k = args.n_in.next_multiple_of(4);
                 tiles!(args, k, args.width, $rows x $vectors, offset_tile::<$dot, T>);
             }
+            #[$features]
+            pub(super) unsafe fn in_groups<T: ValueSink>(args: &Groups<T>) {
+                let k = args.n_in.next_multiple_of(4);
+                tiles!(args, k, PANEL, $rows x $vectors, groups_tile::<$dot, T>);
+            }
         }
     };
 }
@@ -127,6 +164,9 @@ macro_rules! products {
 /// `static FORMS`: dot products for weights within ±32, within ±64 and any, and for strips of 32 columns.
 macro_rules! forms {
     ($within32:ident, $within64:ident, $any:ident, $narrow:ident) => {
+        forms! { $within32, $within64, $any, $narrow, None }
+    };
+    ($within32:ident, $within64:ident, $any:ident, $narrow:ident, $ahead:expr) => {
         use super::{Blocks, Forms, Products};
         use crate::kernels::arch::codebook::ValueSink;
         use crate::kernels::arch::gemm::Sink;
@@ -142,6 +182,8 @@ macro_rules! forms {
                 grouped: None,
                 blocks: blocks::<T>,
                 offset_blocks: None,
+                groups: None,
+                ahead: $ahead,
             }
         }
         const fn values<T: ValueSink>() -> Products<T> {
@@ -150,6 +192,8 @@ macro_rules! forms {
                 grouped: Some([$within32::grouped::<T>, $within64::grouped::<T>, $any::grouped::<T>]),
                 blocks: blocks::<T>,
                 offset_blocks: Some($any::offset_blocks::<T>),
+                groups: Some($any::in_groups::<T>),
+                ahead: $ahead,
             }
         }
         pub(super) static FORMS: Forms = Forms { int: integers(), float: values(), half: values() };
@@ -180,7 +224,10 @@ mod avx512 {
         narrow: #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
         crate::kernels::arch::dot_x86::Avx512Vnni, 6 x 2
     }
-    forms! { any, any, any, narrow }
+    use super::Ahead;
+    use crate::kernels::arch::avx512::{decode, gemm};
+    // As fast as dense INT8 from some rows on; decoding for every tile of six rows takes half as long again.
+    forms! { any, any, any, narrow, Some(Ahead { decode: decode::<T>, dense: gemm::<T> }) }
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -239,6 +286,34 @@ impl<T> Products<T> {
             scales: scales.as_ptr(),
             zeros: zeros.as_ptr(),
         };
+        if let Some(Ahead { decode, dense }) = self.ahead
+            && args.gemm.n_rows >= AHEAD_ROWS
+            && n_in <= AHEAD_INPUTS
+        {
+            let mut room = Decoded([const { MaybeUninit::uninit() }; AHEAD_INPUTS * PANEL]);
+            let decoded: *mut i8 = room.0.as_mut_ptr().cast();
+            // SAFETY: as below; the room holds the panel, and a row's codes are read up to `n_in` rounded up to four only.
+            unsafe {
+                decode(&args, decoded);
+                let gemm = Gemm { weights: decoded, k_groups: n_in.div_ceil(4), ..args.gemm };
+                if scales.is_empty() {
+                    dense(&gemm);
+                } else {
+                    let sums = [[0i32; PANEL]; AHEAD_INPUTS / PAIR];
+                    let group = weights.group_pairs() * PAIR;
+                    let groups = Groups {
+                        gemm,
+                        n_in,
+                        group,
+                        scales: scales.as_ptr(),
+                        sums: sums.as_ptr(),
+                        offsets: std::ptr::null(),
+                    };
+                    self.groups.expect("where codebooks are decoded ahead there are groups")(&groups);
+                }
+            }
+            return;
+        }
         let size = match weights.reach() {
             0..=32 => 0,
             33..=64 => 1,
@@ -280,6 +355,24 @@ impl<T> Products<T> {
     }
 }
 
+impl<T> Products<T> {
+    fn groups(&self, x: &CodeRows<'_>, weights: &PackedGroups, panel: usize, out: &mut [T]) {
+        let n_in = weights.n_in();
+        let (scales, sums, offsets) = weights.groups(panel);
+        let args = Groups {
+            gemm: gemm(x, n_in.next_multiple_of(4), weights.panel(panel), weights.columns(panel), out),
+            n_in,
+            group: weights.group(),
+            scales: scales.as_ptr(),
+            sums: sums.as_ptr(),
+            offsets: if offsets.is_empty() { std::ptr::null() } else { offsets.as_ptr() },
+        };
+        let kernel = self.groups.expect("sums over groups of their own scales are not integers");
+        // SAFETY: as for codebooks.
+        unsafe { kernel(&args) }
+    }
+}
+
 impl KernelSet {
     /// `out[r, c] = Σ_k codes[r, k] · weights[n, k]`, `n = panel · PANEL + c`, of any form whose sums are integers; exact.
     ///
@@ -290,6 +383,7 @@ impl KernelSet {
             PackedMatrix::Dense(dense) => self.gemm_i32(x, dense, panel, out),
             PackedMatrix::Codebook(codebook) => self.forms.int.codebook(x, codebook, panel, out),
             PackedMatrix::Blocks(blocks) => self.forms.int.blocks(x, blocks, panel, out),
+            PackedMatrix::Groups(groups) => self.forms.int.groups(x, groups, panel, out),
         }
     }
 
@@ -303,6 +397,7 @@ impl KernelSet {
             PackedMatrix::Dense(dense) => self.gemm_f32(x, dense, panel, out),
             PackedMatrix::Codebook(codebook) => self.forms.float.codebook(x, codebook, panel, out),
             PackedMatrix::Blocks(blocks) => self.forms.float.blocks(x, blocks, panel, out),
+            PackedMatrix::Groups(groups) => self.forms.float.groups(x, groups, panel, out),
         }
     }
 
@@ -315,6 +410,7 @@ impl KernelSet {
             PackedMatrix::Dense(dense) => self.gemm_half(x, dense, panel, out),
             PackedMatrix::Codebook(codebook) => self.forms.half.codebook(x, codebook, panel, out),
             PackedMatrix::Blocks(blocks) => self.forms.half.blocks(x, blocks, panel, out),
+            PackedMatrix::Groups(groups) => self.forms.half.groups(x, groups, panel, out),
         }
     }
 }

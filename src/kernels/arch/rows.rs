@@ -17,6 +17,8 @@ pub(super) struct Quantize {
     pub(super) codes: *mut u8,
     pub(super) stride: usize,
     pub(super) scales: *mut RowScale,
+    /// The range of all rows, where it was fixed beforehand.
+    pub(super) range: Option<RowScale>,
 }
 
 /// Rows `rows` of a block (or none) to be added to a residual, normalised and turned into codes.
@@ -34,6 +36,7 @@ pub(super) struct AddNorm {
     pub(super) codes: *mut u8,
     pub(super) stride: usize,
     pub(super) scales: *mut RowScale,
+    pub(super) range: Option<RowScale>,
 }
 
 /// The step and its inverse for a row between `low` and `high`.
@@ -45,17 +48,33 @@ fn step(low: f32, high: f32) -> (RowScale, f32) {
     (RowScale { scale: if inverse > 0.0 { range / 255.0 } else { 0.0 }, low }, inverse)
 }
 
-/// `code[c] = round((x[c] − min) · 255 / (max − min))` per row.
+/// The code of `x`; one outside of a fixed range is clipped.
+#[inline(always)]
+unsafe fn code<S: Simd>(x: S::F, low: S::F, inverse: S::F, clip: bool) -> S::I {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        let code = S::mul(S::sub(x, low), inverse);
+        S::round(if clip { S::min(S::max(code, S::splat(0.0)), S::splat(255.0)) } else { code })
+    }
+}
+
+/// A fixed range and the inverse of its step.
+fn fixed(range: RowScale) -> (RowScale, f32) {
+    step(range.low, range.low + 255.0 * range.scale)
+}
+
+/// `code[c] = round((x[c] − min) · 255 / (max − min))` per row, or the same in a fixed range.
 #[inline(always)]
 pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
     // SAFETY: the block holds `n_rows` rows of ⌈n / PANEL⌉ panels, codes and scales hold `rows` (the façade's checks).
     unsafe {
         let n = args.n;
+        let clip = args.range.is_some();
         for (index, row) in args.rows.clone().enumerate() {
             let mut low = S::splat(f32::INFINITY);
             let mut high = S::splat(f32::NEG_INFINITY);
             let mut column = 0;
-            while column < n {
+            while column < n && !clip {
                 let from = args.block.add((column / PANEL * args.n_rows + row) * PANEL);
                 let width = PANEL.min(n - column);
                 let mut i = 0;
@@ -71,7 +90,10 @@ pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
                 }
                 column += PANEL;
             }
-            let (scale, inverse) = step(S::lowest(low), S::highest(high));
+            let (scale, inverse) = match args.range {
+                Some(range) => fixed(range),
+                None => step(S::lowest(low), S::highest(high)),
+            };
             *args.scales.add(index) = scale;
             let (low, inverse) = (S::splat(scale.low), S::splat(inverse));
             let to = args.codes.add(index * args.stride);
@@ -81,13 +103,12 @@ pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
                 let width = PANEL.min(n - column);
                 let mut i = 0;
                 while i + S::LANES <= width {
-                    let code = S::round(S::mul(S::sub(S::load(from.add(i)), low), inverse));
-                    S::store_u8(to.add(column + i), code);
+                    S::store_u8(to.add(column + i), code::<S>(S::load(from.add(i)), low, inverse, clip));
                     i += S::LANES;
                 }
                 if i < width {
                     let x = load_some::<S>(from.add(i), width - i, scale.low);
-                    store_some_u8::<S>(to.add(column + i), width - i, S::round(S::mul(S::sub(x, low), inverse)));
+                    store_some_u8::<S>(to.add(column + i), width - i, code::<S>(x, low, inverse, clip));
                 }
                 column += PANEL;
             }
@@ -171,18 +192,21 @@ pub(super) unsafe fn add_norm<S: Simd>(args: &AddNorm) {
                 low = S::min(low, load_some::<S>(x.add(whole), rest, f32::INFINITY));
                 high = S::max(high, load_some::<S>(x.add(whole), rest, f32::NEG_INFINITY));
             }
-            let (scale, inverse) = step(S::lowest(low), S::highest(high));
+            let (scale, inverse) = match args.range {
+                Some(range) => fixed(range),
+                None => step(S::lowest(low), S::highest(high)),
+            };
             *args.scales.add(index) = scale;
             let (low, inverse) = (S::splat(scale.low), S::splat(inverse));
             let to = args.codes.add(index * args.stride);
             let mut i = 0;
             while i < whole {
-                S::store_u8(to.add(i), S::round(S::mul(S::sub(S::load(x.add(i)), low), inverse)));
+                S::store_u8(to.add(i), code::<S>(S::load(x.add(i)), low, inverse, args.range.is_some()));
                 i += S::LANES;
             }
             if rest > 0 {
                 let y = load_some::<S>(x.add(whole), rest, scale.low);
-                store_some_u8::<S>(to.add(whole), rest, S::round(S::mul(S::sub(y, low), inverse)));
+                store_some_u8::<S>(to.add(whole), rest, code::<S>(y, low, inverse, args.range.is_some()));
             }
         }
     }

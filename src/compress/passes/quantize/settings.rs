@@ -169,12 +169,6 @@ impl Quantize {
             (bits, _) => return Err(Refusal::new("bits", format!("{bits} is neither 8 nor 4"))),
         }
         if self.per == Per::Group {
-            if self.bits == 8 {
-                return Err(Refusal::new(
-                    "per",
-                    "8 bits have a scale per tensor or per channel; groups are for 4 bits",
-                ));
-            }
             let narrowest = architecture.layers.iter().flat_map(|layer| [layer.d_context(), layer.d_ffn]);
             let narrowest = narrowest.chain([architecture.d_model]).min().unwrap_or(0);
             if !(8..=narrowest).contains(&self.group_size) {

@@ -5,7 +5,7 @@ use crate::compress::rounding::{
     Compensation, Grid, Histogram, LOG2, LOG2_SUM, NF4, RangeMethod, Scales, clip_ratio, compensate, fit_affine,
     fit_scale, fit_table, for_rows, linear_table,
 };
-use crate::quant::{Codebook4, TABLE_LEN, Weight, pack_nibbles, round_scales_to_half};
+use crate::quant::{Codebook4, Int8Grouped, TABLE_LEN, Weight, pack_nibbles, round_scales_to_half};
 
 /// Rounds of learning a table and refitting the scales to it.
 const TABLE_ROUNDS: usize = 3;
@@ -90,6 +90,11 @@ fn form(
         None => {
             #[allow(clippy::cast_possible_truncation, reason = "codes are whole numbers of 8 bits")]
             let codes: Vec<i8> = codes.iter().map(|&code| code as i8).collect();
+            if scales.n_groups > 1 {
+                let offset = (!scales.offset.is_empty()).then(|| scales.offset.into());
+                let (scale, n_groups) = (scales.scale.into(), scales.n_groups);
+                return Weight::Int8Grouped(Int8Grouped { codes: codes.into(), scale, offset, n_groups });
+            }
             match scales.offset.is_empty() {
                 true => Weight::Int8 { codes: codes.into(), scale: scales.scale.into() },
                 false => {
@@ -189,7 +194,7 @@ impl<'a> Matrix<'a> {
             let (low, high) = bounds(part);
             low / 2.0 + high / 2.0
         });
-        Scales { n_groups: 1, scale, offset }
+        Scales { n_groups: self.n_groups, scale, offset }
     }
 
     /// Tables around 0, fixed or learnt, and their scales.

@@ -51,6 +51,7 @@ fn every() -> Vec<Quantize> {
 fn architecture() -> crate::model::Architecture {
     use crate::model::{Activation, Architecture, ArchitectureSpec, Band, Family, LayerConfig, Pooling, Positions};
     Architecture::new(ArchitectureSpec {
+        ranges: Vec::new(),
         family: Family::Bert,
         vocab_size: 50,
         n_token_types: 2,
@@ -91,7 +92,13 @@ fn every_setting_gives_a_form_that_holds_the_matrix() {
         };
         assert!(error < most, "{settings:?}: relative error {error}");
         match (bits, settings.symmetric, &form) {
-            (8, true, Weight::Int8 { .. }) | (8, false, Weight::Int8Affine { .. }) => {}
+            (8, symmetric, Weight::Int8Grouped(grouped)) => {
+                assert_eq!((grouped.offset.is_none(), grouped.n_groups), (symmetric, 3));
+                assert_eq!(settings.per, Per::Group);
+            }
+            (8, true, Weight::Int8 { .. }) | (8, false, Weight::Int8Affine { .. }) => {
+                assert_ne!(settings.per, Per::Group);
+            }
             (4, symmetric, Weight::Codebook4(codebook)) => {
                 assert_eq!(codebook.zero.is_none(), symmetric);
                 assert_eq!(codebook.n_groups, if settings.per == Per::Group { 3 } else { 1 });

@@ -1,0 +1,90 @@
+//! Matrix products with INT8 weights in groups of inputs that have a scale, and maybe an offset, each; written once over
+//! [`Dot`]. The integer sums of a group are scaled and added in f32.
+#![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+
+use super::codebook::{Tile, ValueSink, put_product};
+use super::dot::Dot;
+use super::gemm::Gemm;
+use super::simd::Simd;
+use crate::kernels::layout::PANEL;
+
+/// `n_rows` rows of codes times one panel.
+pub(super) struct Groups<T> {
+    /// `k_groups` is not used.
+    pub(super) gemm: Gemm<T>,
+    pub(super) n_in: usize,
+    /// Inputs of a group, a multiple of 4.
+    pub(super) group: usize,
+    /// `[n_groups, PANEL]` each.
+    pub(super) scales: *const [f32; PANEL],
+    pub(super) sums: *const [i32; PANEL],
+    /// Null if all are 0.
+    pub(super) offsets: *const [f32; PANEL],
+}
+
+/// `Σ_g scale[g] · (codes of g · weights of g) + offset[g] · Σ codes of g`.
+///
+/// # Safety
+/// As for [`Simd`]; the tile must be in range.
+#[inline(always)]
+pub(super) unsafe fn tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(args: &Groups<T>, tile: Tile) {
+    // SAFETY: rows, columns and groups are in range (the façade's checks).
+    unsafe {
+        let gemm = &args.gemm;
+        let mut products = [[D::S::splat(0.0); V]; R];
+        let mut weights = gemm.weights.cast::<u8>().add(tile.column * 4);
+        let mut first = 0;
+        let mut group = 0;
+        while first < args.n_in {
+            let end = args.n_in.min(first + args.group);
+            let starts = (*args.sums.add(group)).as_ptr().add(tile.column);
+            let mut sums = [[D::zero(); V]; R];
+            for v in 0..V {
+                let start = D::start(starts.add(v * D::S::LANES));
+                for r in 0..R {
+                    sums[r][v] = start;
+                }
+            }
+            let mut k = first;
+            while k < end {
+                let codes = tile.codes.add(k * D::CODE_BYTES);
+                let mut weight = [D::weights(D::bytes(weights)); V];
+                for v in 1..V {
+                    weight[v] = D::weights(D::bytes(weights.add(v * D::S::LANES * 4)));
+                }
+                for r in 0..R {
+                    let code = D::codes(codes.add(r * tile.stride));
+                    for v in 0..V {
+                        sums[r][v] = D::dot(sums[r][v], code, weight[v]);
+                    }
+                }
+                weights = weights.add(PANEL * 4);
+                k += 4;
+            }
+            let scales = (*args.scales.add(group)).as_ptr().add(tile.column);
+            for r in 0..R {
+                for v in 0..V {
+                    let scale = D::S::load(scales.add(v * D::S::LANES));
+                    products[r][v] = D::S::fma(D::S::to_float(D::finish(sums[r][v])), scale, products[r][v]);
+                }
+                if !args.offsets.is_null() {
+                    let offsets = (*args.offsets.add(group)).as_ptr().add(tile.column);
+                    let row_sum = D::sum_codes(gemm.codes.add((tile.row + r) * gemm.stride + first), end - first);
+                    #[allow(clippy::cast_precision_loss, reason = "at most 2^24")]
+                    let row_sum = D::S::splat(row_sum as f32);
+                    for v in 0..V {
+                        let offset = D::S::load(offsets.add(v * D::S::LANES));
+                        products[r][v] = D::S::fma(row_sum, offset, products[r][v]);
+                    }
+                }
+            }
+            first = end;
+            group += 1;
+        }
+        for r in 0..R {
+            for v in 0..V {
+                put_product::<D::S, T>(gemm, tile.row + r, tile.column + v * D::S::LANES, products[r][v], 0);
+            }
+        }
+    }
+}
