@@ -132,31 +132,36 @@ pub(super) unsafe fn decode<T>(args: &Codebook<T>, to: *mut i8) {
     unsafe {
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(args.table.cast()));
         let nibble = _mm512_set1_epi8(15);
+        let whole = args.n_in / PAIR;
+        let mut zero = [_mm512_setzero_si512(); 4];
         for pair in 0..args.n_in.div_ceil(PAIR) {
-            let rest = args.n_in - pair * PAIR;
-            for vector in 0..4 {
-                let packed = args.gemm.weights.add((pair * 4 + vector) * 64);
-                let packed = _mm512_loadu_si512(packed.cast());
-                let mut halves = [
-                    _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble)),
-                    _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16::<4>(packed), nibble)),
-                ];
-                if args.n_groups > 0 {
-                    let zeros = (*args.zeros.add(pair / args.group_pairs)).as_ptr().add(vector * 16);
-                    let zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.cast()));
-                    let zero = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x0101_0101));
-                    halves = [_mm512_sub_epi8(halves[0], zero), _mm512_sub_epi8(halves[1], zero)];
+            if args.n_groups > 0 && pair % args.group_pairs == 0 {
+                let zeros = (*args.zeros.add(pair / args.group_pairs)).as_ptr();
+                for vector in 0..4 {
+                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.add(vector * 16).cast()));
+                    zero[vector] = _mm512_mullo_epi32(bytes, _mm512_set1_epi32(0x0101_0101));
                 }
-                for (half, mut bytes) in halves.into_iter().enumerate() {
+            }
+            let from = args.gemm.weights.add(pair * 256);
+            let low = to.add(pair * 512);
+            for vector in 0..4 {
+                let packed = _mm512_loadu_si512(from.add(vector * 64).cast());
+                let first = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble));
+                let second = _mm512_and_si512(_mm512_srli_epi16::<4>(packed), nibble);
+                let second = _mm512_shuffle_epi8(table, second);
+                let mut first = _mm512_sub_epi8(first, zero[vector]);
+                let mut second = _mm512_sub_epi8(second, zero[vector]);
+                let rest = args.n_in - pair * PAIR;
+                if pair == whole {
                     // Bytes beyond the last input are those of no weight.
-                    let n_bytes = rest.saturating_sub(half * 4).min(4);
-                    if n_bytes == 0 {
-                        continue;
-                    }
-                    if n_bytes < 4 {
-                        bytes = _mm512_and_si512(bytes, _mm512_set1_epi32((1 << (8 * n_bytes)) - 1));
-                    }
-                    _mm512_storeu_si512(to.add(((pair * 2 + half) * 4 + vector) * 64).cast(), bytes);
+                    let kept = |n_bytes: usize| if n_bytes >= 4 { -1 } else { (1 << (8 * n_bytes)) - 1 };
+                    let (kept_first, kept_second) = (kept(rest), kept(rest.saturating_sub(4)));
+                    first = _mm512_and_si512(first, _mm512_set1_epi32(kept_first));
+                    second = _mm512_and_si512(second, _mm512_set1_epi32(kept_second));
+                }
+                _mm512_storeu_si512(low.add(vector * 64).cast(), first);
+                if rest > 4 {
+                    _mm512_storeu_si512(low.add(256 + vector * 64).cast(), second);
                 }
             }
         }

@@ -2,6 +2,8 @@
 //! [`Dot`]. The integer sums of a group are scaled and added in f32.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
+use std::ops::Range;
+
 use super::codebook::{Tile, ValueSink, put_product};
 use super::dot::Dot;
 use super::gemm::Gemm;
@@ -22,6 +24,44 @@ pub(super) struct Groups<T> {
     pub(super) offsets: *const [f32; PANEL],
 }
 
+/// Sums of `R` rows by `V` vectors of columns over the inputs of one group. (A function of its own: where the loop stands
+/// beside the sums in f32, the compiler keeps the integer ones in memory.)
+#[inline(always)]
+unsafe fn sums<D: Dot, T, const R: usize, const V: usize>(
+    args: &Groups<T>,
+    tile: Tile,
+    group: usize,
+    inputs: Range<usize>,
+) -> [[D::A; V]; R] {
+    // SAFETY: rows, columns and inputs are in range (the façade's checks).
+    unsafe {
+        let starts = (*args.sums.add(group)).as_ptr().add(tile.column);
+        let mut sums = [[D::zero(); V]; R];
+        for v in 0..V {
+            let start = D::start(starts.add(v * D::S::LANES));
+            for r in 0..R {
+                sums[r][v] = start;
+            }
+        }
+        let weights = args.gemm.weights.cast::<u8>().add(tile.column * 4);
+        for step in inputs.start / 4..inputs.end.div_ceil(4) {
+            let weights = weights.add(step * PANEL * 4);
+            let codes = tile.codes.add(step * 4 * D::CODE_BYTES);
+            let mut weight = [D::weights(D::bytes(weights)); V];
+            for v in 1..V {
+                weight[v] = D::weights(D::bytes(weights.add(v * D::S::LANES * 4)));
+            }
+            for r in 0..R {
+                let code = D::codes(codes.add(r * tile.stride));
+                for v in 0..V {
+                    sums[r][v] = D::dot(sums[r][v], code, weight[v]);
+                }
+            }
+        }
+        sums
+    }
+}
+
 /// `Σ_g scale[g] · (codes of g · weights of g) + offset[g] · Σ codes of g`.
 ///
 /// # Safety
@@ -32,35 +72,11 @@ pub(super) unsafe fn tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(
     unsafe {
         let gemm = &args.gemm;
         let mut products = [[D::S::splat(0.0); V]; R];
-        let mut weights = gemm.weights.cast::<u8>().add(tile.column * 4);
         let mut first = 0;
         let mut group = 0;
         while first < args.n_in {
             let end = args.n_in.min(first + args.group);
-            let starts = (*args.sums.add(group)).as_ptr().add(tile.column);
-            let mut sums = [[D::zero(); V]; R];
-            for v in 0..V {
-                let start = D::start(starts.add(v * D::S::LANES));
-                for r in 0..R {
-                    sums[r][v] = start;
-                }
-            }
-            let mut k = first;
-            while k < end {
-                let codes = tile.codes.add(k * D::CODE_BYTES);
-                let mut weight = [D::weights(D::bytes(weights)); V];
-                for v in 1..V {
-                    weight[v] = D::weights(D::bytes(weights.add(v * D::S::LANES * 4)));
-                }
-                for r in 0..R {
-                    let code = D::codes(codes.add(r * tile.stride));
-                    for v in 0..V {
-                        sums[r][v] = D::dot(sums[r][v], code, weight[v]);
-                    }
-                }
-                weights = weights.add(PANEL * 4);
-                k += 4;
-            }
+            let sums = sums::<D, T, R, V>(args, tile, group, first..end);
             let scales = (*args.scales.add(group)).as_ptr().add(tile.column);
             for r in 0..R {
                 for v in 0..V {

@@ -40,6 +40,9 @@ const AHEAD_ROWS: usize = 13;
 /// Most inputs of a panel that is decoded ahead.
 const AHEAD_INPUTS: usize = 2_048;
 
+/// Sums of codes, for dot products that take none off: whatever they are.
+static NO_BIAS: [[i32; PANEL]; AHEAD_INPUTS / PAIR] = [[0; PANEL]; AHEAD_INPUTS / PAIR];
+
 /// Room for a decoded panel.
 #[repr(C, align(64))]
 struct Decoded([MaybeUninit<i8>; AHEAD_INPUTS * PANEL]);
@@ -299,14 +302,13 @@ impl<T> Products<T> {
                 if scales.is_empty() {
                     dense(&gemm);
                 } else {
-                    let sums = [[0i32; PANEL]; AHEAD_INPUTS / PAIR];
                     let group = weights.group_pairs() * PAIR;
                     let groups = Groups {
                         gemm,
                         n_in,
                         group,
                         scales: scales.as_ptr(),
-                        sums: sums.as_ptr(),
+                        sums: NO_BIAS.as_ptr(),
                         offsets: std::ptr::null(),
                     };
                     self.groups.expect("where codebooks are decoded ahead there are groups")(&groups);
