@@ -37,7 +37,7 @@ pub struct Activations {
 
 impl Default for Activations {
     fn default() -> Self {
-        Self { group: Group::All, range: RangeMethod::Percentile, percentile: 0.9999 }
+        Self { group: Group::All, range: RangeMethod::MinMax, percentile: 0.9999 }
     }
 }
 
