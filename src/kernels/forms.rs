@@ -13,6 +13,7 @@ use super::layout::{PANEL, PackedLinear, PanelColumns};
 
 mod groups;
 
+pub(super) use self::groups::PanelGroups;
 pub use self::groups::{GroupParts, PackedGroups};
 
 /// Inputs of a pair of groups of four: what one packed byte per column and j covers.

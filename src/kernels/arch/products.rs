@@ -7,7 +7,7 @@ use super::blocks::Blocks;
 use super::codebook::Codebook;
 use super::gemm::Gemm;
 use super::groups::Groups;
-use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix};
+use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix, PanelGroups};
 use crate::kernels::isa::IsaName;
 use crate::kernels::layout::{CodeRows, PANEL, PanelColumns};
 
@@ -360,7 +360,7 @@ impl<T> Products<T> {
 impl<T> Products<T> {
     fn groups(&self, x: &CodeRows<'_>, weights: &PackedGroups, panel: usize, out: &mut [T]) {
         let n_in = weights.n_in();
-        let (scales, sums, offsets) = weights.groups(panel);
+        let PanelGroups { scales, sums, offsets } = weights.groups(panel);
         let args = Groups {
             gemm: gemm(x, n_in.next_multiple_of(4), weights.panel(panel), weights.columns(panel), out),
             n_in,

@@ -120,11 +120,18 @@ impl PackedGroups {
         self.lines[panel * n_lines..(panel + 1) * n_lines].as_ptr().cast()
     }
 
-    /// Scales, sums and offsets of a panel's groups; no offsets where all are 0.
-    pub(in crate::kernels) fn groups(&self, panel: usize) -> (&[[f32; PANEL]], &[[i32; PANEL]], &[[f32; PANEL]]) {
+    /// What belongs to the groups of a panel.
+    pub(in crate::kernels) fn groups(&self, panel: usize) -> PanelGroups<'_> {
         let n_groups = self.n_in.div_ceil(self.group);
         let range = panel * n_groups..(panel + 1) * n_groups;
         let offsets = if self.offsets.is_empty() { &[][..] } else { &self.offsets[range.clone()] };
-        (&self.scales[range.clone()], &self.sums[range], offsets)
+        PanelGroups { scales: &self.scales[range.clone()], sums: &self.sums[range], offsets }
     }
+}
+
+/// What belongs to the groups of a panel, `[n_groups]` each; no offsets where all are 0.
+pub(in crate::kernels) struct PanelGroups<'a> {
+    pub(in crate::kernels) scales: &'a [[f32; PANEL]],
+    pub(in crate::kernels) sums: &'a [[i32; PANEL]],
+    pub(in crate::kernels) offsets: &'a [[f32; PANEL]],
 }
