@@ -42,7 +42,7 @@ async def run(options):
         for call in calls:
             await call.learn(port)
         probe = (await closed_loop(port, calls, 32, 8)).must_be_right()
-        rate = options.rate or (0.9 if minutes >= 15 else 0.75) * sum(probe.counts.values()) / 8
+        rate = options.rate or (0.9 if options.minutes >= 15 else 0.75) * sum(probe.counts.values()) / 8
         minutes = options.minutes
         settling = 300 if minutes >= 15 else minutes * 60 / 3
         print(f"        {rate:.0f} requests/s for {minutes} minutes", flush=True)
