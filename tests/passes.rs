@@ -252,6 +252,12 @@ fn ranges_of_inputs_can_be_fixed_by_every_method() {
             layer.attention_in.is_none() && layer.context.is_none() && layer.ffn_in.is_some() && layer.hidden.is_some()
         );
     }
+    // The other group by another method; what the first pass has fixed stays.
+    let both =
+        make(&fixed(&format!("group = \"ffn\"\n{}", pass("activations", "group = \"attention\"\nrange = \"mse\""))));
+    for (layer, only) in both.open().architecture().ranges.iter().zip(&half.open().architecture().ranges) {
+        assert!(layer.all().iter().all(Option::is_some) && (layer.ffn_in, layer.hidden) == (only.ffn_in, only.hidden));
+    }
     let shown = succeeded(&niwaki().args(["inspect", "--model"]).arg(half.dir.path().join("a")).output().unwrap());
     assert!(shown.contains("qkv, output, ffn up, ffn down: dynamic, dynamic, -"), "{shown}");
 }

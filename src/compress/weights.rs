@@ -12,7 +12,7 @@ use super::passes::MatrixReport;
 use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, HeadSlot, LayerConfig, LayerRanges, LinearSlot, NormSlot};
+use crate::model::{Architecture, ArchitectureSpec, HeadSlot, LayerConfig, LayerRanges, LinearSlot, NormSlot};
 use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// A linear layer `y = x Wᵀ + b`.
@@ -106,7 +106,8 @@ impl Weights {
     /// # Errors
     /// If a weight cannot be read.
     pub fn load(source: &dyn WeightSource) -> Result<Self, CompressError> {
-        let architecture = source.architecture().clone();
+        // Ranges of inputs that were fixed for the source do not hold for what becomes of it.
+        let architecture = Architecture::new(ArchitectureSpec { ranges: Vec::new(), ..source.architecture().spec() })?;
         let mut linears = BTreeMap::new();
         let mut norms = BTreeMap::new();
         norms.insert(NormSlot::Embedding, source.norm(NormSlot::Embedding)?);
@@ -312,9 +313,6 @@ impl Weights {
     pub fn keep_layers(&mut self, layers: &[usize]) -> Result<(), CompressError> {
         let mut spec = self.architecture.spec();
         spec.layers = layers.iter().map(|&layer| spec.layers[layer]).collect();
-        if !spec.ranges.is_empty() {
-            spec.ranges = layers.iter().map(|&layer| spec.ranges[layer]).collect();
-        }
         self.architecture = Architecture::new(spec)?;
         self.origins = layers.iter().map(|&layer| self.origins[layer]).collect();
         self.kept = layers.iter().map(|&layer| self.kept[layer].clone()).collect();

@@ -108,18 +108,18 @@ impl Connections {
 
     /// Accepts what the system holds for the listener, and closes it: to their clients these connections are
     /// established, and closing the listener alone would reset them.
-    pub(super) fn accept_the_last(&self, port: Accepting) -> io::Result<()> {
+    pub(super) fn accept_the_last(&self, port: Accepting) {
         let Accepting { listener, door } = port;
-        let listener = listener.into_std()?;
+        let Ok(listener) = listener.into_std() else { return };
         loop {
             match listener.accept() {
-                Ok((stream, _)) => {
-                    stream.set_nonblocking(true)?;
-                    self.admit(&door, TcpStream::from_std(stream)?);
-                }
+                Ok((stream, _)) => match stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)) {
+                    Ok(stream) => self.admit(&door, stream),
+                    Err(error) => debug!(%error, "connection lost as it was accepted"),
+                },
                 Err(error) if is_the_clients(&error) || error.kind() == io::ErrorKind::Interrupted => {}
                 // Mostly that there are no more.
-                Err(_) => return Ok(()),
+                Err(_) => return,
             }
         }
     }

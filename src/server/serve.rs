@@ -80,7 +80,7 @@ pub async fn serve(
         }
     }
     for port in [Some(http), grpc, admin].into_iter().flatten() {
-        connections.accept_the_last(port)?;
+        connections.accept_the_last(port);
     }
     // All that was accepted has been handed in by now, or has run out of time.
     let models = state.models.all();

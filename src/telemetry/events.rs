@@ -167,7 +167,8 @@ pub fn model_loaded(metrics: &Metrics, model: &ModelInfo, load: Duration) {
 }
 
 /// The golden inputs were run when the model was loaded; `cosine` is the lowest, `bound` what the artefact promises,
-/// `drift` the largest fall of an input's cosine below the one recorded for it.
+/// `drift` the largest fall of an input's cosine below the one recorded for it, divided by what rounding moves it more where
+/// the artefact is far from its source.
 pub fn self_checked(metrics: &Metrics, model: &str, cosine: f64, bound: f64, drift: f64) {
     metrics.set_selfcheck(model, Some((cosine, drift)));
     if cosine >= bound {

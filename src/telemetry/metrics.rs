@@ -251,7 +251,7 @@ impl Metrics {
             ),
             selfcheck_drift: register.real_gauge(
                 "niwaki_selfcheck_drift",
-                "Largest fall of a golden input's cosine below the one recorded for it, at start; NaN when none was run.",
+                "Largest fall of a golden input's cosine below the one recorded for it, over 1 + 4 sin of its angle, at start; NaN when none was run.",
             ),
             ready: register.gauge("niwaki_ready", "1 while the service takes requests, else 0."),
             models: ModelSeries::new(

@@ -7,18 +7,10 @@ use crate::cli::args::ModelArgs;
 use crate::model::{Forward, Outputs, RaggedBatch, Want};
 use crate::telemetry::{Metrics, events};
 
-/// How far the answer to a golden input may be from the one measured when the artefact was made: other instruction
-/// sets round other last bits, anything beyond is damage.
+/// How far the answer to a golden input may be from the one measured when the artefact was made, times its [`leeway`]: other
+/// instruction sets round other last bits, anything beyond is damage.
 const COSINE_SLACK: f64 = 0.005;
-/// How much more the cosine of an artefact that lies far from the uncompressed model may move.
-///
-/// Rounding turns an embedding by some small angle ε, whatever the artefact. Its cosine to the reference, at an angle θ from
-/// it, moves by up to ε · sin θ: by little where the artefact is close, by ε where little is left of the original.
-fn leeway(cosine: f64) -> f64 {
-    1.0 + 4.0 * (1.0 - cosine * cosine).max(0.0).sqrt()
-}
-
-/// The slack for a number of a classification head, relative to the largest of them (or 1).
+/// The same for a number of a classification head, relative to the largest of them (or 1).
 const SCORE_SLACK: f64 = 0.05;
 
 /// The golden inputs whose recorded answers say something about the model as it is run.
@@ -82,6 +74,14 @@ pub(super) fn self_check(
         None => events::not_self_checked(metrics, model),
     }
     Ok(())
+}
+
+/// How much more the cosine of an artefact that lies far from the uncompressed model may move.
+///
+/// Rounding turns an embedding by some small angle ε, whatever the artefact. Its cosine to the reference, at an angle θ from
+/// it, moves by up to ε · sin θ: by little where the artefact is close, by ε where little is left of the original.
+fn leeway(cosine: f64) -> f64 {
+    1.0 + 4.0 * (1.0 - cosine * cosine).max(0.0).sqrt()
 }
 
 fn difference(a: &[f32], b: &[f32]) -> f64 {

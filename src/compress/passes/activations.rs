@@ -42,8 +42,10 @@ impl Default for Activations {
 }
 
 /// What the text shows of one input.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Seen {
+    /// Of so many values one is kept.
+    every: usize,
     /// Values that were passed over since the last that was kept.
     passed: usize,
     samples: Vec<f32>,
@@ -52,14 +54,18 @@ struct Seen {
 }
 
 impl Seen {
-    fn add(&mut self, values: &[f32], every: usize) {
+    fn new(every: usize) -> Self {
+        Self { every, passed: 0, samples: Vec::new(), low: f32::INFINITY, high: f32::NEG_INFINITY }
+    }
+
+    fn add(&mut self, values: &[f32]) {
         for &value in values {
             self.low = self.low.min(value);
             self.high = self.high.max(value);
             if self.passed == 0 {
                 self.samples.push(value);
             }
-            self.passed = (self.passed + 1) % every;
+            self.passed = (self.passed + 1) % self.every;
         }
     }
 
@@ -122,9 +128,8 @@ impl CompressionPass for Activations {
             let d_model = architecture.d_model;
             [d_model, layer.d_context(), d_model, layer.d_ffn]
         });
-        let every: Vec<usize> = widths.map(|width| (text.n_tokens * width).div_ceil(MAX_SAMPLES).max(1)).collect();
         let mut seen: Vec<Seen> =
-            every.iter().map(|_| Seen { low: f32::INFINITY, high: f32::NEG_INFINITY, ..Seen::default() }).collect();
+            widths.map(|width| Seen::new((text.n_tokens * width).div_ceil(MAX_SAMPLES).max(1))).collect();
         progress.phase_started("ranges of activations", text.n_tokens as u64);
         let encoder = listening_encoder(&work.model)?;
         for batch in &text.batches {
@@ -133,30 +138,27 @@ impl CompressionPass for Activations {
             let inputs = player.entries.iter().map(|entry| &entry.input).zip(player.branches.iter().map(|b| &b.input));
             for (index, input) in inputs.flat_map(|(entry, branch)| [entry, branch]).enumerate() {
                 let values: Vec<f32> = input.flatten_all()?.to_vec1()?;
-                seen[index].add(&values, every[index]);
+                seen[index].add(&values);
             }
             progress.advanced(batch.n_tokens() as u64);
         }
-        let mut ranges = vec![LayerRanges::default(); n_layers];
+        // What another pass of this kind has fixed for other inputs stays.
+        let mut ranges: Vec<LayerRanges> = (0..n_layers).map(|layer| architecture.ranges_of(layer)).collect();
         let mut notes = Vec::new();
         for (index, seen) in seen.into_iter().enumerate() {
             let (layer, input) = (index / 4, index % 4);
             if !self.group.overlaps(if input < 2 { Group::Attention } else { Group::Ffn }) {
                 continue;
             }
-            let Some((range, clipped)) = seen.range(self) else {
-                notes.push(format!("layer {layer} {}: does not vary, stays dynamic", NAMES[input]));
-                continue;
-            };
-            notes.push(format!(
-                "layer {layer} {}: {:.3} to {:.3}, {:.4} % clipped",
-                NAMES[input],
-                range.low,
-                range.high,
-                clipped * 100.0
-            ));
+            let found = seen.range(self);
+            notes.push(match found {
+                Some((ValueRange { low, high }, clipped)) => {
+                    format!("layer {layer} {}: {low:.3} to {high:.3}, {:.4} % clipped", NAMES[input], clipped * 100.0)
+                }
+                None => format!("layer {layer} {}: does not vary, stays dynamic", NAMES[input]),
+            });
             let LayerRanges { attention_in, context, ffn_in, hidden } = &mut ranges[layer];
-            *[attention_in, context, ffn_in, hidden][input] = Some(range);
+            *[attention_in, context, ffn_in, hidden][input] = found.map(|(range, _)| range);
         }
         work.model.set_ranges(ranges)?;
         progress.phase_finished();
@@ -177,8 +179,8 @@ mod tests {
 
     fn chosen(range: RangeMethod, percentile: f64, every: usize) -> (ValueRange, f64) {
         let pass = Activations { range, percentile, ..Activations::default() };
-        let mut seen = Seen { low: f32::INFINITY, high: f32::NEG_INFINITY, ..Seen::default() };
-        values().chunks(77).for_each(|part| seen.add(part, every));
+        let mut seen = Seen::new(every);
+        values().chunks(77).for_each(|part| seen.add(part));
         seen.range(&pass).unwrap()
     }
 
@@ -197,8 +199,8 @@ mod tests {
             let (range, _) = chosen(RangeMethod::Mse, 1.0, every);
             assert!(range.high - range.low <= 31.0 + 1e-3, "{range:?}");
         }
-        let mut same = Seen { low: f32::INFINITY, high: f32::NEG_INFINITY, ..Seen::default() };
-        same.add(&[0.5; 10], 1);
+        let mut same = Seen::new(1);
+        same.add(&[0.5; 10]);
         assert!(same.range(&Activations { range: RangeMethod::MinMax, ..Activations::default() }).is_none());
     }
 }

@@ -3,7 +3,7 @@
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
 use super::codebook::{Tile, ValueSink, put_product};
-use super::dot::Dot;
+use super::dot::{Dot, start_tile};
 use super::gemm::{Gemm, Sink};
 use super::simd::Simd;
 
@@ -29,13 +29,7 @@ unsafe fn sums<D: Dot, T, const R: usize, const V: usize>(args: &Blocks<T>, tile
     unsafe {
         let gemm = &args.gemm;
         let starts = (*gemm.columns).sum.as_ptr().add(args.first_column + tile.column);
-        let mut sums = [[D::zero(); V]; R];
-        for v in 0..V {
-            let start = D::start(starts.add(v * D::S::LANES));
-            for r in 0..R {
-                sums[r][v] = start;
-            }
-        }
+        let mut sums = start_tile::<D, R, V>(starts);
         let size = args.width * 4;
         let mut weights = gemm.weights.cast::<u8>().add(tile.column * 4);
         for block in 0..args.n_blocks {

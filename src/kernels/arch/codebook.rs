@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::dot::Dot;
+use super::dot::{Dot, start_tile};
 use super::gemm::{Gemm, Sink};
 use super::simd::Simd;
 use crate::kernels::forms::PAIR;
@@ -200,13 +200,7 @@ pub(super) unsafe fn tile<D: Dot, T: Sink, const R: usize, const V: usize>(args:
     // SAFETY: in range by contract.
     unsafe {
         let columns = &*args.gemm.columns;
-        let mut sums = [[D::zero(); V]; R];
-        for v in 0..V {
-            let start = D::start(columns.sum.as_ptr().add(tile.column + v * D::S::LANES));
-            for r in 0..R {
-                sums[r][v] = start;
-            }
-        }
+        let mut sums = start_tile::<D, R, V>(columns.sum.as_ptr().add(tile.column));
         add::<D, T, R, V>(args, tile, 0..args.n_in.div_ceil(PAIR), None, &mut sums);
         for r in 0..R {
             for v in 0..V {

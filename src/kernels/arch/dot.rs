@@ -83,6 +83,25 @@ pub(super) unsafe trait Dot: Copy {
     }
 }
 
+/// The sums of a tile of `R` rows by `V` vectors where they start ([`Dot::start`]).
+///
+/// # Safety
+/// As for [`Simd`]; `sums` must hold the tile's columns.
+#[inline(always)]
+pub(super) unsafe fn start_tile<D: Dot, const R: usize, const V: usize>(sums: *const i32) -> [[D::A; V]; R] {
+    // SAFETY: passed on.
+    unsafe {
+        let mut tile = [[D::zero(); V]; R];
+        for v in 0..V {
+            let start = D::start(sums.add(v * D::S::LANES));
+            for r in 0..R {
+                tile[r][v] = start;
+            }
+        }
+        tile
+    }
+}
+
 /// The functions of [`Dot`] for codes that are read as they are.
 macro_rules! codes_as_they_are {
     () => {

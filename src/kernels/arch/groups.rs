@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::codebook::{Tile, ValueSink, put_product};
-use super::dot::Dot;
+use super::dot::{Dot, start_tile};
 use super::gemm::Gemm;
 use super::simd::Simd;
 use crate::kernels::layout::PANEL;
@@ -36,13 +36,7 @@ unsafe fn sums<D: Dot, T, const R: usize, const V: usize>(
     // SAFETY: rows, columns and inputs are in range (the façade's checks).
     unsafe {
         let starts = (*args.sums.add(group)).as_ptr().add(tile.column);
-        let mut sums = [[D::zero(); V]; R];
-        for v in 0..V {
-            let start = D::start(starts.add(v * D::S::LANES));
-            for r in 0..R {
-                sums[r][v] = start;
-            }
-        }
+        let mut sums = start_tile::<D, R, V>(starts);
         let weights = args.gemm.weights.cast::<u8>().add(tile.column * 4);
         for step in inputs.start / 4..inputs.end.div_ceil(4) {
             let weights = weights.add(step * PANEL * 4);

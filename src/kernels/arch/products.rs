@@ -29,7 +29,6 @@ struct Products<T> {
 type Decode<T> = unsafe fn(&Codebook<T>, *mut i8);
 
 /// Decoding ahead of a dense product.
-#[derive(Clone, Copy)]
 struct Ahead<T> {
     decode: Decode<T>,
     dense: unsafe fn(&Gemm<T>),
@@ -289,32 +288,9 @@ impl<T> Products<T> {
             scales: scales.as_ptr(),
             zeros: zeros.as_ptr(),
         };
-        if let Some(Ahead { decode, dense }) = self.ahead
-            && args.gemm.n_rows >= AHEAD_ROWS
-            && n_in <= AHEAD_INPUTS
-        {
-            let mut room = Decoded([const { MaybeUninit::uninit() }; AHEAD_INPUTS * PANEL]);
-            let decoded: *mut i8 = room.0.as_mut_ptr().cast();
-            // SAFETY: as below; the room holds the panel, and a row's codes are read up to `n_in` rounded up to four only.
-            unsafe {
-                decode(&args, decoded);
-                let gemm = Gemm { weights: decoded, k_groups: n_in.div_ceil(4), ..args.gemm };
-                if scales.is_empty() {
-                    dense(&gemm);
-                } else {
-                    let group = weights.group_pairs() * PAIR;
-                    let groups = Groups {
-                        gemm,
-                        n_in,
-                        group,
-                        scales: scales.as_ptr(),
-                        sums: NO_BIAS.as_ptr(),
-                        offsets: std::ptr::null(),
-                    };
-                    self.groups.expect("where codebooks are decoded ahead there are groups")(&groups);
-                }
-            }
-            return;
+        let pays = args.gemm.n_rows >= AHEAD_ROWS && n_in <= AHEAD_INPUTS;
+        if let Some(ahead) = self.ahead.as_ref().filter(|_| pays) {
+            return self.decoded(ahead, &args, weights.group_pairs() * PAIR);
         }
         let size = match weights.reach() {
             0..=32 => 0,
@@ -329,6 +305,24 @@ impl<T> Products<T> {
         // SAFETY: the instruction set is that of `self`; rows, panel and results are inside their slices, checked above
         // and by `PackedCodebook`.
         unsafe { kernel(&args) }
+    }
+
+    /// The product with a panel that is decoded first. A function of its own, so that others do not have its room on the stack.
+    #[inline(never)]
+    fn decoded(&self, ahead: &Ahead<T>, args: &Codebook<T>, group: usize) {
+        let mut room = Decoded([const { MaybeUninit::uninit() }; AHEAD_INPUTS * PANEL]);
+        let decoded: *mut i8 = room.0.as_mut_ptr().cast();
+        // SAFETY: as in `codebook`; the room holds the panel, and of a row's codes `n_in` rounded up to four are read.
+        unsafe {
+            (ahead.decode)(args, decoded);
+            let gemm = Gemm { weights: decoded, k_groups: args.n_in.div_ceil(4), ..args.gemm };
+            if args.n_groups == 0 {
+                return (ahead.dense)(&gemm);
+            }
+            let (scales, sums) = (args.scales, NO_BIAS.as_ptr());
+            let groups = Groups { gemm, n_in: args.n_in, group, scales, sums, offsets: std::ptr::null() };
+            self.groups.expect("where codebooks are decoded ahead there are groups")(&groups);
+        }
     }
 
     fn blocks(&self, x: &CodeRows<'_>, weights: &PackedBlocks, panel: usize, out: &mut [T]) {
