@@ -81,10 +81,14 @@ class Container:
         raise AssertionError(f"not healthy within {seconds} s:\n{self.logs()}")
 
 
-def ask(port, method, path, body=None, timeout=40):
+def ask(port, method, path, body=None, timeout=40, pause=0):
+    """`pause` is the time between the head and the body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
-        connection.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
+        data = json.dumps(body).encode() if body else b""
+        connection.request(method, path, headers={"content-type": "application/json", "content-length": str(len(data))})
+        time.sleep(pause)
+        connection.send(data)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -97,17 +101,19 @@ def metrics(port):
 
 
 class Load:
-    """Clients that send one request after another, each on a connection of its own, until stopped."""
+    """Clients that send one request after another, each on a connection of its own, until stopped. The first half of them
+    sends the body `pause` after the head."""
 
-    def __init__(self, port, n_clients, body=None):
+    def __init__(self, port, n_clients, body=None, pause=0):
         self.port, self.body = port, body or {"inputs": "a garden tree stays small because somebody prunes it"}
         self.outcomes, self.lock, self.stopped = collections.Counter(), threading.Lock(), threading.Event()
-        self.threads = [threading.Thread(target=self.run) for _ in range(n_clients)]
+        pauses = [pause if index < n_clients / 2 else 0 for index in range(n_clients)]
+        self.threads = [threading.Thread(target=self.run, args=(pause,)) for pause in pauses]
 
-    def run(self):
+    def run(self, pause):
         while not self.stopped.is_set():
             try:
-                status, data = ask(self.port, "POST", "/embed", self.body)
+                status, data = ask(self.port, "POST", "/embed", self.body, pause=pause)
                 outcome = status if status != 200 or data.startswith(b"[[") else "200 without rows"
             except OSError as error:  # refused, reset
                 outcome = type(error).__name__
@@ -270,7 +276,7 @@ def a_rolling_restart_behind_a_load_balancer_loses_nothing():
             with haproxy(network, config, "-p", "127.0.0.1::8080") as balancer:
                 port = balancer.port(8080)
                 wait_until_ready(port, balancer)
-                with Load(port, 8) as load:
+                with Load(port, 8, pause=0.003) as load:
                     load.wait(100)
                     for letter in "abab":
                         docker("stop", "-t", "40", replicas[letter].id)
@@ -284,11 +290,8 @@ def a_rolling_restart_behind_a_load_balancer_loses_nothing():
                             assert time.monotonic() < end, f"{letter} gets no requests\n{balancer.logs()}"
                             time.sleep(0.2)
                         load.wait(50)
-                # No answer is cut and none is wrong. Seen in one of three runs: a single request of 5,000 that was told to
-                # come again (503), though the other replica could have taken it.
-                refused = load.outcomes.pop(503, 0)
-                assert set(load.outcomes) == {200} and refused <= load.outcomes[200] / 1000, f"{refused} refused, {load.outcomes}\n{balancer.logs()}"
-                print(f"        {load.outcomes[200]} requests, four replacements, {refused} refused, none lost")
+                assert set(load.outcomes) == {200}, f"{load.outcomes}\n{balancer.logs()}"
+                print(f"        {load.outcomes[200]} requests, four replacements, none lost or refused")
         finally:
             for container in replicas.values():
                 container.__exit__()
