@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::panic::catch_unwind;
 
+use serde::de::IgnoredAny;
 use tokenizers::models::ModelWrapper;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -78,6 +80,12 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::File`] if it is none.
     pub fn from_bytes(json: &[u8]) -> Result<Self, TextError> {
+        // The library panics on some files that are no JSON, and on some that are no tokenizer. The first are common.
+        serde_json::from_slice::<IgnoredAny>(json).map_err(|error| TextError::File(error.into()))?;
+        catch_unwind(|| Self::read(json)).unwrap_or_else(|_| Err(TextError::File("it is not understood".into())))
+    }
+
+    fn read(json: &[u8]) -> Result<Self, TextError> {
         let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(TextError::File)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(TextError::File)?;
@@ -169,6 +177,9 @@ impl Tokenizer {
                     TruncationParams { direction, max_length, strategy: TruncationStrategy::LongestFirst, stride: 0 };
                 let (cut, cut_pair) = truncate_encodings(first, Some(second), &params).map_err(TextError::Encode)?;
                 (first, second) = (cut, cut_pair.unwrap_or_default());
+                // What was cut off is kept in pieces, of which the post-processor would join each of one text with each
+                // of the other: of two texts of 40 kB, gigabytes.
+                drop((first.take_overflowing(), second.take_overflowing()));
             }
         }
         let joined = self.inner.post_process(first, Some(second), true).map_err(TextError::Encode)?;

@@ -217,3 +217,32 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_file_that_is_no_tokenizer_is_an_error() {
+    let whole = String::from_utf8(json(BERT, CLS_A_SEP)).unwrap();
+    // The library panics on some of these.
+    let decoder = whole.find("\"decoder\":{").unwrap() + "\"decoder\":{".len();
+    for damaged in [
+        String::new(),
+        whole[..whole.len() / 2].to_owned(),
+        whole[..decoder].to_owned() + "\u{1}" + &whole[decoder..],
+        whole[..decoder].to_owned() + "\"\\ud800\":1," + &whole[decoder..],
+        whole.replace("\"WordPiece\"", "\"WordPieces\""),
+    ] {
+        assert!(matches!(Tokenizer::from_bytes(damaged.as_bytes()), Err(TextError::File(_))), "{damaged}");
+    }
+}
+
+#[test]
+fn a_pair_of_long_texts_costs_what_its_tokens_cost() {
+    // What is cut off comes in a thousand pieces a text; joining each with each took gigabytes.
+    let tokenizer = bert();
+    let long = "the trees ".repeat(4000);
+    let part = || tokenizer.part(&long).unwrap();
+    let whole = tokenizer.pair(part(), part(), None).unwrap();
+    let start = std::time::Instant::now();
+    let cut = tokenizer.pair(part(), part(), Some((16, Direction::Right))).unwrap();
+    assert!(start.elapsed() < std::time::Duration::from_secs(3), "{:?}", start.elapsed());
+    assert_eq!((cut.ids.len(), cut.was_cut, whole.was_cut), (16, true, false));
+}
