@@ -56,7 +56,7 @@ pub struct TraceHeaders<'a> {
 impl Extractor for TraceHeaders<'_> {
     fn get(&self, key: &str) -> Option<&str> {
         match key {
-            "traceparent" => self.parent,
+            "traceparent" => self.parent.filter(|parent| is_traceparent(parent)),
             // The standard's least that must be passed on; what is longer serves nobody.
             "tracestate" => self.state.filter(|state| state.len() <= 512),
             _ => None,
@@ -66,6 +66,19 @@ impl Extractor for TraceHeaders<'_> {
     fn keys(&self) -> Vec<&str> {
         vec!["traceparent", "tracestate"]
     }
+}
+
+/// Whether `text` has the form `version-trace-parent-flags` of W3C's Trace Context, 3.2: lower-case digits, as many as it
+/// says. (The propagator would fill up shorter ids, which then are of no trace that the client knows.)
+fn is_traceparent(text: &str) -> bool {
+    let mut parts = text.split('-');
+    let mut digits = |n| {
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        parts.next().is_some_and(|part| part.len() == n && part.bytes().all(is_digit))
+    };
+    let well_formed = [2, 32, 16, 2].into_iter().all(&mut digits);
+    // A later version may have more behind it.
+    well_formed && (parts.next().is_none() || !text.starts_with("00"))
 }
 
 /// The trace that a client has put its request into.
@@ -246,9 +259,14 @@ mod tests {
             "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
             "00-0af7651916cd43dd8448eb211c80319\u{e9}-b7ad6b7169203331-01",
             "-------",
+            "00-0af7656cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-af-1-1",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more",
         ] {
             assert_eq!(id(wrong), None, "{wrong}");
         }
+        let later = format!("cc{}-more", &PARENT[2..]);
+        assert_eq!(id(&later).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"), "a version to come");
         let long = "x".repeat(100_000);
         assert_eq!(id(&long), None);
         let headers = TraceHeaders { parent: Some(PARENT), state: Some(&long) };
