@@ -18,7 +18,7 @@ pub use inference::{
 pub use inputs::{Bounded, IdLists, Input, Item, MAX_ITEMS, Object, Texts};
 pub use score::{
     CohereRerankRequest, CohereRerankResponse, CohereResult, Document, DocumentText, PredictInput, PredictRequest,
-    Prediction, Rank, RerankRequest, Sentence,
+    Prediction, Predictions, Rank, RerankRequest, Sentence,
 };
 
 /// A request body that may name the model it is for, in a field of its API.

@@ -131,6 +131,16 @@ pub struct Prediction {
     pub label: String,
 }
 
+/// Answer of `POST /predict`: as many as were asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum Predictions {
+    /// Labels of the text or pair.
+    One(Vec<Prediction>),
+    /// Labels of each of a list of them.
+    Many(Vec<Vec<Prediction>>),
+}
+
 /// Body of `POST /rerank`.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct RerankRequest {

@@ -9,7 +9,7 @@ use crate::engine::Reply;
 use crate::model::{HeadConfig, ScoreFunction, Want};
 use crate::server::api::{
     CohereRerankRequest, CohereRerankResponse, CohereResult, DocumentText, Item, OpenAiUsage, PredictInput,
-    PredictRequest, Prediction, Rank, RerankRequest, Sentence,
+    PredictRequest, Prediction, Predictions, Rank, RerankRequest, Sentence,
 };
 use crate::server::compute::{Computed, Work, compute};
 use crate::server::error::ServerError;
@@ -59,7 +59,7 @@ pub(crate) fn piece(sentence: Sentence) -> Piece {
 /// The labels of each text or pair of texts with their scores, best first.
 #[utoipa::path(post, path = "/predict", tag = "Classification", request_body = PredictRequest,
     responses((status = 200, description = "The labels of the text or pair; for a list of them, a list per entry",
-        body = Vec<Prediction>)))]
+        body = Predictions)))]
 pub(crate) async fn predict(call: Call<PredictRequest>) -> Result<Response, ServerError> {
     let Call { target, body, clock, memory } = call;
     let head = target.model.head()?;
@@ -73,8 +73,11 @@ pub(crate) async fn predict(call: Call<PredictRequest>) -> Result<Response, Serv
     let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
     let Computed { reply, timing, .. } = compute(&target, work, options, Want::Pooled).await?;
     let mut answers: Vec<_> = reply.rows.into_iter().map(|rows| predictions(head, rows.pooled, raw_scores)).collect();
-    let body = if is_list { to_json(&answers) } else { to_json(&answers.pop().unwrap_or_default()) };
-    Ok(timing.on(json(body).into_response()))
+    let answer = match is_list {
+        true => Predictions::Many(answers),
+        false => Predictions::One(answers.pop().unwrap_or_default()),
+    };
+    Ok(timing.on(json(to_json(&answer)).into_response()))
 }
 
 /// How well each text answers the query, best first.
