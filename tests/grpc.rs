@@ -25,6 +25,13 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 use tonic_prost::ProstCodec;
 
+/// A request whose text is no UTF-8.
+#[derive(Clone, PartialEq, Message)]
+struct NoText {
+    #[prost(bytes = "vec", tag = "1")]
+    inputs: Vec<u8>,
+}
+
 struct Serving {
     service: Service,
     channel: Channel,
@@ -230,6 +237,15 @@ async fn failures_are_statuses_and_are_counted() {
     let request = RerankRequest { query: "a".to_owned(), texts, ..RerankRequest::default() };
     let wrong = serving.call::<_, RerankResponse>("/tei.v1.Rerank/Rerank", request).await.unwrap_err();
     assert_eq!((wrong.code(), wrong.message()), (Code::FailedPrecondition, "model is not a re-ranker model"));
+    // What cannot be read is the client's mistake, not the server's.
+    let unreadable = NoText { inputs: vec![0xff, 0xfe] };
+    let refused = || serving.service.metrics.rejections(RejectReason::Payload);
+    let before = refused();
+    let wrong = serving.call::<_, EmbedResponse>("/tei.v1.Embed/Embed", unreadable.clone()).await.unwrap_err();
+    assert_eq!(wrong.code(), Code::InvalidArgument, "{wrong}");
+    let mut stream: Streaming<EmbedResponse> = serving.stream("/tei.v1.Embed/EmbedStream", vec![unreadable]).await;
+    assert_eq!(stream.next().await.unwrap().unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(refused(), before + 2);
     // A stream ends with its first failure, after what came before.
     let requests = vec![text("a"), text("b"), text(""), text("c")];
     let mut stream: Streaming<EmbedResponse> = serving.stream("/tei.v1.Embed/EmbedStream", requests).await;
@@ -256,7 +272,7 @@ async fn failures_are_statuses_and_are_counted() {
     assert_eq!(late.code(), Code::DeadlineExceeded);
     slow.await.unwrap().unwrap();
     let metrics = &serving.service.metrics;
-    assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 3);
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 4);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 424), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 404), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 504), 1);

@@ -21,6 +21,9 @@ pub enum ServerError {
     /// The body could not be read: the connection broke, or its framing is wrong.
     #[error("the body could not be read")]
     Body,
+    /// A message of gRPC that is none.
+    #[error("the message cannot be read: {0}")]
+    Message(String),
     /// The body took too long to arrive.
     #[error("the body did not arrive within {} s", limit.as_secs())]
     BodyTimeout {
@@ -183,7 +186,7 @@ impl ServerError {
     #[must_use]
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Json(_) | Self::Body => ErrorClass::Malformed,
+            Self::Json(_) | Self::Body | Self::Message(_) => ErrorClass::Malformed,
             Self::Empty { .. } => ErrorClass::Empty,
             Self::Unauthorized => ErrorClass::Unauthorized,
             Self::NotFound | Self::NoSuchModel => ErrorClass::NotFound,
@@ -237,7 +240,7 @@ impl ServerError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Json(_) => "invalid_json",
-            Self::Body => "unreadable_body",
+            Self::Body | Self::Message(_) => "unreadable_body",
             Self::Shape(_) => "invalid_type",
             Self::BodyTimeout { .. } => "request_timeout",
             Self::BodyTooLarge { .. } => "payload_too_large",
@@ -305,9 +308,12 @@ impl ServerError {
     #[must_use]
     pub fn reject_reason(&self) -> Option<RejectReason> {
         match self {
-            Self::Json(_) | Self::Body | Self::BodyTimeout { .. } | Self::BodyTooLarge { .. } | Self::MediaType => {
-                Some(RejectReason::Payload)
-            }
+            Self::Json(_)
+            | Self::Body
+            | Self::Message(_)
+            | Self::BodyTimeout { .. }
+            | Self::BodyTooLarge { .. }
+            | Self::MediaType => Some(RejectReason::Payload),
             Self::Shape(_)
             | Self::TimeoutHeader { .. }
             | Self::Empty { .. }

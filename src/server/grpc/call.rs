@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codec::Streaming;
 use tonic::server::Grpc;
-use tonic::{Request as GrpcRequest, Response as GrpcResponse, Status};
+use tonic::{Code, Request as GrpcRequest, Response as GrpcResponse, Status};
 use tonic_prost::ProstCodec;
 
 use super::failed;
@@ -124,6 +124,20 @@ impl hyper::body::Body for TimedBody {
     }
 }
 
+/// The next message of a client. One that cannot be read is the client's mistake, which tonic calls an internal error.
+pub(super) async fn next<Req>(app: &AppState, messages: &mut Streaming<Req>) -> Result<Option<Req>, Status> {
+    messages.message().await.map_err(|status| match status.code() {
+        Code::Internal | Code::Unknown => failed(app, &ServerError::Message(status.message().to_owned())),
+        _ => status,
+    })
+}
+
+/// The message of a client that sends one.
+async fn only<Req>(app: &AppState, messages: GrpcRequest<Streaming<Req>>) -> Result<Req, Status> {
+    let message = next(app, &mut messages.into_inner()).await?;
+    message.ok_or_else(|| failed(app, &ServerError::Message("there is none".to_owned())))
+}
+
 /// A message in, a message out.
 pub(super) async fn unary<Req, Res, F, Fut>(app: AppState, request: Request, answer: F) -> Response
 where
@@ -137,16 +151,16 @@ where
         Err(error) => return failed(&app, &error).into_http(),
     };
     let of_call = app.clone();
-    let service = tower::service_fn(move |message: GrpcRequest<Req>| {
+    let service = tower::service_fn(move |messages: GrpcRequest<Streaming<Req>>| {
         let (app, context) = (of_call.clone(), context.clone());
         async move {
-            match answer(context, message.into_inner()).await {
+            match answer(context, only(&app, messages).await?).await {
                 Ok(message) => Ok(GrpcResponse::new(message)),
                 Err(error) => Err(failed(&app, &error)),
             }
         }
     });
-    respond(codec::<Req, Res>(&app).unary(service, TimedBody::of(&app, request)).await)
+    respond(codec::<Req, Res>(&app).client_streaming(service, TimedBody::of(&app, request)).await)
 }
 
 /// Ends a message's work when its stream is left.
@@ -181,7 +195,7 @@ where
             // Both tasks end when the client leaves: its stream drops `answers`, and so on backwards.
             tokio::spawn(async move {
                 loop {
-                    let work = match messages.message().await {
+                    let work = match next(&app, &mut messages).await {
                         Ok(None) => return,
                         Ok(Some(message)) => {
                             let (app, context) = (app.clone(), context.for_message(has_deadline));
@@ -249,11 +263,14 @@ where
     F: Fn(AppState, Req) -> mpsc::Receiver<Result<Res, Status>> + Copy + Send + 'static,
 {
     let of_call = app.clone();
-    let service = tower::service_fn(move |message: GrpcRequest<Req>| {
-        let answers = answer(of_call.clone(), message.into_inner());
-        async move { Ok::<_, Status>(GrpcResponse::new(ReceiverStream::new(answers))) }
+    let service = tower::service_fn(move |messages: GrpcRequest<Streaming<Req>>| {
+        let app = of_call.clone();
+        async move {
+            let message = only(&app, messages).await?;
+            Ok::<_, Status>(GrpcResponse::new(ReceiverStream::new(answer(app, message))))
+        }
     });
-    respond(codec::<Req, Res>(&app).server_streaming(service, TimedBody::of(&app, request)).await)
+    respond(codec::<Req, Res>(&app).streaming(service, TimedBody::of(&app, request)).await)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use tokio::time::sleep;
 use tonic::Status;
 use tonic::codec::Streaming;
 
-use super::call::Context;
+use super::call::{Context, next};
 use super::messages::{
     DecodeRequest, DecodeResponse, EmbedAllRequest, EmbedAllResponse, EmbedRequest, EmbedResponse, EmbedSparseRequest,
     EmbedSparseResponse, EncodeRequest, EncodeResponse, HealthCheckRequest, HealthCheckResponse, InfoRequest,
@@ -168,7 +168,7 @@ pub(super) async fn rerank_stream(
     mut messages: Streaming<RerankStreamRequest>,
 ) -> Result<Result<RerankResponse, ServerError>, Status> {
     let mut whole: Option<RerankRequest> = None;
-    while let Some(message) = messages.message().await? {
+    while let Some(message) = next(&context.target.app, &mut messages).await? {
         let RerankStreamRequest { query, text, truncate, raw_scores, return_text, truncation_direction } = message;
         let whole = whole.get_or_insert_with(|| RerankRequest {
             query,
