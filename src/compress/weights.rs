@@ -12,7 +12,7 @@ use super::passes::MatrixReport;
 use super::slots::{MatrixSlot, linear_slots};
 use crate::checkpoint::{CheckpointError, LinearWeights, NormWeights, TableWeights};
 use crate::exec::candle::WeightSource;
-use crate::model::{Architecture, ArchitectureSpec, HeadSlot, LayerConfig, LayerRanges, LinearSlot, NormSlot};
+use crate::model::{Architecture, HeadSlot, LayerConfig, LayerRanges, LinearSlot, NormSlot};
 use crate::quant::{Weight, quantize_rows_symmetric};
 
 /// A linear layer `y = x Wᵀ + b`.
@@ -106,8 +106,7 @@ impl Weights {
     /// # Errors
     /// If a weight cannot be read.
     pub fn load(source: &dyn WeightSource) -> Result<Self, CompressError> {
-        // Ranges of inputs that were fixed for the source do not hold for what becomes of it.
-        let architecture = Architecture::new(ArchitectureSpec { ranges: Vec::new(), ..source.architecture().spec() })?;
+        let architecture = source.architecture().clone();
         let mut linears = BTreeMap::new();
         let mut norms = BTreeMap::new();
         norms.insert(NormSlot::Embedding, source.norm(NormSlot::Embedding)?);
