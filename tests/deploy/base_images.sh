@@ -4,6 +4,8 @@
 #
 #   base_images.sh            the Rust image of the Dockerfile: Debian by debootstrap, this machine's own Rust toolchain,
 #                             and what its cargo has already downloaded
+#   base_images.sh rust-cross the same image with Debian's own toolchain, which has the library of arm64 too, for machines
+#                             whose rustup reaches no server either; its version is Debian's
 #   base_images.sh prometheus haproxy ...   images around single programs of this machine, under the tags given below
 #
 # An image that is there already (pulled, or made by an earlier run) is left alone. A machine that has a registry does
@@ -47,6 +49,32 @@ rust_image() {
         --change 'CMD ["bash"]' - "$tag" >/dev/null
 }
 
+# cross_image TAG: Debian with its Rust compiler (the one that its browsers are built with), arm64's library, and a `rustup`
+# that can only say whether a target is there.
+cross_image() {
+    local tag=$1 root=$work/cross suite=${1##*-}
+    debootstrap --variant=minbase --include=ca-certificates "$suite" "$root" >"$work/log" 2>&1 || { tail -20 "$work/log" >&2; return 1; }
+    printf 'deb http://deb.debian.org/%s main\n' "debian $suite" "debian $suite-updates" "debian-security $suite-security" \
+        >"$root/etc/apt/sources.list"
+    cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+    chroot "$root" sh -ec 'dpkg --add-architecture arm64; apt-get -q update
+        DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends gcc libc6-dev gcc-aarch64-linux-gnu \
+            libc6-dev-arm64-cross rustc-web cargo-web libstd-rust-web-dev:arm64
+        apt-get clean; rm -rf /var/lib/apt/lists/* /usr/share/doc /usr/share/man' >"$work/log" 2>&1 || { tail -20 "$work/log" >&2; return 1; }
+    cat >"$root/usr/local/bin/rustup" <<'END'
+#!/bin/sh
+[ "$1 $2" = "target add" ] && [ -d "/usr/lib/rustlib/$3" ] || { echo "rustup: only targets that are there: $*" >&2; exit 1; }
+END
+    chmod +x "$root/usr/local/bin/rustup"
+    mkdir -p "$root/usr/local/cargo/registry"
+    for part in cache index; do
+        [ -d "${CARGO_HOME:-$HOME/.cargo}/registry/$part" ] &&
+            cp -a "${CARGO_HOME:-$HOME/.cargo}/registry/$part" "$root/usr/local/cargo/registry/"
+    done
+    [ -e /etc/ssl/certs/ca-certificates.crt ] && cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+    tar -C "$root" -cf - . | docker import --change 'ENV CARGO_HOME=/usr/local/cargo' --change 'CMD ["bash"]' - "$tag" >/dev/null
+}
+
 # program_image TAG PROGRAM TARGET CHANGE...: PROGRAM with the libraries it needs, as TARGET in an otherwise bare root.
 program_image() {
     local tag=$1 program target=$3 root=$work/${2##*/}
@@ -82,7 +110,7 @@ extra_files() {
 [ $# -gt 0 ] || set -- rust
 for image in "$@"; do
     case $image in
-        rust) tag=$(rust_tag) ;;
+        rust | rust-cross) tag=$(rust_tag) ;;
         prometheus) tag=$(compose_tag prometheus) ;;
         haproxy) tag=niwaki-test/haproxy ;;
         *) echo "no stand-in for $image" >&2; exit 1 ;;
@@ -91,6 +119,7 @@ for image in "$@"; do
     if present "$tag"; then echo "$tag is there"; continue; fi
     case $image in
         rust) rust_image "$tag" ;;
+        rust-cross) cross_image "$tag" ;;
         prometheus)
             program_image "$tag" prometheus /bin/prometheus 'USER 65534' 'WORKDIR /prometheus' 'EXPOSE 9090' \
                 'ENTRYPOINT ["/bin/prometheus"]' \
