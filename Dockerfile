@@ -2,7 +2,7 @@
 #
 #   docker build -t niwaki .                                     for this machine's architecture
 #   docker buildx build --platform linux/amd64,linux/arm64 .     for both, cross-compiled, nothing emulated
-#   docker build --build-arg TARGETARCH=arm64 .                  the same without BuildKit
+#   docker build --build-arg TARGETARCH=arm64 .                  one without BuildKit, which labels it as of its own architecture
 #
 # Builds with BuildKit and with the older builder, so it uses no mounts; what is cached is the stage of dependencies.
 FROM --platform=${BUILDPLATFORM:-linux/amd64} rust:1.95-bookworm AS dependencies
