@@ -4,10 +4,10 @@
 use niwaki::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
-use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowScale, block_index, code_stride};
+use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale, block_index, code_stride};
 use niwaki::kernels::{
-    AttentionForm, Block, CodeRowsMut, Isa, KernelSet, Nonlinearity, Norm, Reduction, f32_to_half, half_to_f32,
-    reference,
+    AttentionForm, Block, CodeRowsMut, Isa, IsaName, KernelSet, Nonlinearity, Norm, Reduction, f32_to_half,
+    half_to_f32, reference,
 };
 use std::ops::Range;
 
@@ -221,6 +221,42 @@ fn rows_are_quantized_as_the_reference_does() {
                     let gap = &codes[index * stride + n..(index + 1) * stride];
                     assert!(gap.iter().all(|&byte| byte == 0xcd), "wrote beyond the row");
                 }
+            }
+        }
+    }
+}
+
+/// Ranges that are taken along give the codes that looking for them afterwards gives.
+#[test]
+fn activated_rows_are_quantized_within_their_ranges() {
+    for n in [1, 5, 16, 63, 64, 65, 77, 128, 384] {
+        let n_rows = 5;
+        let values = floats(&mut rng(n as u64), n_rows * n, 3.0);
+        let stride = code_stride(n);
+        for set in sets() {
+            for kind in [Nonlinearity::Gelu, Nonlinearity::GeluTanh, Nonlinearity::Relu, Nonlinearity::Tanh] {
+                let codes_of = |along: bool| {
+                    let mut block = to_block(&values, n);
+                    let mut ranges = vec![RowRange::EMPTY; n_rows];
+                    for (panel, part) in block.chunks_exact_mut(n_rows * PANEL).enumerate() {
+                        if along {
+                            set.activate_rows(kind, part, PANEL.min(n - panel * PANEL), &mut ranges);
+                        } else {
+                            set.activate(kind, part);
+                        }
+                    }
+                    let mut codes = vec![0u8; n_rows * stride];
+                    let mut scales = vec![RowScale::default(); n_rows];
+                    let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: None };
+                    let block = Block { data: &block, n_rows, n };
+                    if along {
+                        set.quantize_within(block, &ranges, &mut to);
+                    } else {
+                        set.quantize(block, 0..n_rows, &mut to);
+                    }
+                    (codes, scales)
+                };
+                assert_eq!(codes_of(true), codes_of(false), "{} {kind:?} width {n}", set.name());
             }
         }
     }
@@ -577,6 +613,49 @@ fn integer_forms_agree_between_instruction_sets() {
             let error = relative_error(other, &first);
             // A code that lies between two integers may round either way.
             assert!(error < if form == AttentionForm::Int16 { 1e-4 } else { 3e-3 }, "{form:?}: {error:e}");
+        }
+    }
+}
+
+/// AMX multiplies integers where AVX-512 does, and all else is the same: so is every bit.
+#[test]
+fn the_matrix_unit_gives_the_bits_of_avx512() {
+    let set = |name| Isa::force(name).map(KernelSet::new);
+    let (Ok(amx), Ok(avx512)) = (set(IsaName::AmxInt8), set(IsaName::Avx512Vnni)) else {
+        println!("skipped: this machine has no AMX");
+        return;
+    };
+    for (n, k) in [(64, 64), (65, 100), (128, 352), (192, 384), (64, 1536)] {
+        for m in [1, 15, 16, 17, 31, 32, 33, 48, 50, 64, 79, 96] {
+            let problem = Product::new(m as u64, m, n, k, false);
+            let (packed, (rows, stride)) = (problem.packed(), problem.rows());
+            let whole = CodeRows { codes: &rows, stride, scales: &problem.scales };
+            // The last row ends with its last code, so that no line may be read to its end.
+            let short = CodeRows { codes: &rows[..(m - 1) * stride + k.next_multiple_of(4)], ..whole };
+            for x in [whole, short] {
+                for panel in 0..packed.n_panels() {
+                    let [a, b] = [&amx, &avx512].map(|set| {
+                        let mut out = vec![f32::NAN; m * PANEL];
+                        set.gemm_f32(&x, &packed, panel, &mut out);
+                        out
+                    });
+                    assert!(a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()), "{m}x{n}x{k}, panel {panel}");
+                }
+            }
+        }
+    }
+    for (n_heads, d_head) in [(2, 32), (1, 64), (3, 20), (1, 96), (1, 128), (1, 160)] {
+        let heads = Heads { n_heads, d_head };
+        for len in [1, 15, 16, 17, 40, 64, 100, 256, 257, 300, 511, 512] {
+            let problem = Heading::full(len as u64, heads, len, 1.5);
+            for block in [5, 16, 48] {
+                let [a, b] = [&amx, &avx512].map(|set| {
+                    let set = set.with_attention(AttentionForm::Int8).unwrap();
+                    problem.run(&set.attention(heads, len), block)
+                });
+                let same = a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{heads:?}, {len} tokens, blocks of {block}");
+            }
         }
     }
 }

@@ -67,6 +67,9 @@ fn blocks_go_with_their_work_and_the_rest_makes_up_for_them() {
         let share = matrix.macs as f64 / (matrix.rows * matrix.cols) as f64;
         assert!((share - 0.6).abs() < 0.07, "{matrix:?}");
     }
+    // Without a width each matrix has the one that suits its shape; in a model as narrow as this that is 32.
+    let each = make(&pass("prune-blocks", &fields("").replace("width = 32\n", "")));
+    assert!(each.bytes() == surgeon.bytes() && each.cosine().to_bits() == surgeon.cosine().to_bits());
     let magnitude = make(&pass("prune-blocks", &fields("score = \"magnitude\"\nrefit = false")));
     let activation = make(&pass("prune-blocks", &fields("score = \"activation\"\nrefit = false")));
     assert!(surgeon.bytes() == magnitude.bytes(), "as many blocks stay");

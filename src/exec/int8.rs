@@ -20,13 +20,13 @@ use super::int8_tables::{Gather, Int8Tables};
 use super::workspace::{Aligned, Buffer, Workspace};
 use crate::kernels::attention::Heads;
 use crate::kernels::forms::PackedMatrix;
-use crate::kernels::layout::{CodeRows, PANEL, RowScale, block_index, code_stride};
+use crate::kernels::layout::{CodeRows, PANEL, RowRange, RowScale, block_index, code_stride};
 use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat};
 use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity, Norm, Reduction, half_to_f32};
 use crate::model::{Activation, Architecture, AttentionSpec, Band, ForwardMemory, ModelError, Ops, Pooling, Ragged};
 
-/// Most rows of a thread's block: at 1,536 columns of f32 it takes 0.3 MB of the L2 cache.
-const BLOCK_ROWS: usize = 48;
+/// Most rows of a thread's block ([`KernelSet::block_rows`]): at 1,536 columns of f32 it takes 0.4 MB of the L2 cache.
+const BLOCK_ROWS: usize = KernelSet::MOST_BLOCK_ROWS;
 /// Up to this many tokens, columns are split over threads instead of rows.
 const COLUMN_SPLIT_ROWS: usize = 32;
 
@@ -265,7 +265,7 @@ impl Int8 {
                 }
             });
         } else {
-            let cut = row_cut(n_rows, seat.n_cores());
+            let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
             let parts = PanelRowParts::new(&mut out, n_rows, PANEL, cut);
             seat.for_each(&parts, |lane, index, mut out| {
                 let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
@@ -286,7 +286,7 @@ impl Int8 {
         let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, x, n_rows, Some(then)));
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let cut = row_cut(n_rows, seat.n_cores());
+        let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
         seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let rows = cut.rows(index);
@@ -299,19 +299,21 @@ impl Int8 {
             let Lane { block, middle, .. } = &mut *lane;
             let (x, packed) = middle.enter(kernels, &linear.layer, x.view(rows.clone()));
             let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
+            let mut ranges = [RowRange::EMPTY; BLOCK_ROWS];
+            let ranges = &mut ranges[..rows.len()];
             for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
                 kernels.product_f32(&x, packed, panel, out);
-                kernels.activate(then, out);
+                kernels.activate_rows(then, out, PANEL.min(n - panel * PANEL), ranges);
             }
-            kernels.quantize(Block { data: block, n_rows: rows.len(), n }, 0..rows.len(), &mut to);
+            kernels.quantize_within(Block { data: block, n_rows: rows.len(), n }, ranges, &mut to);
         });
         to
     }
 }
 
-/// Blocks of rows: at most [`BLOCK_ROWS`], and evenly many for each thread.
-fn row_cut(n_rows: usize, n_cores: usize) -> Cut<'static> {
-    let rounds = n_rows.div_ceil(BLOCK_ROWS * n_cores).max(1);
+/// Blocks of at most `block` rows, and evenly many for each thread.
+fn row_cut(n_rows: usize, block: usize, n_cores: usize) -> Cut<'static> {
+    let rounds = n_rows.div_ceil(block * n_cores).max(1);
     Cut::Even { n_rows, block: n_rows.div_ceil(rounds * n_cores).max(1) }
 }
 
@@ -352,7 +354,7 @@ impl Ops for Int8 {
         let stride = codes.stride;
         let Self { kernels, cores, seat, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let cut = row_cut(n_rows, seat.n_cores());
+        let cut = row_cut(n_rows, BLOCK_ROWS, seat.n_cores());
         let parts = (
             RowParts::new(&mut rows, d_model, cut),
             RowParts::new(&mut codes.codes, stride, cut),
@@ -416,7 +418,7 @@ impl Ops for Int8 {
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let stride = codes.stride;
-        let cut = row_cut(n_rows, seat.n_cores());
+        let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
         let parts = (
             RowParts::new(&mut rows, n, cut),
             RowParts::new(&mut codes.codes, stride, cut),

@@ -13,6 +13,8 @@ pub struct Isa(IsaName);
 /// Names of the instruction sets that kernels exist for, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IsaName {
+    /// AVX-512 VNNI with AMX-TILE and AMX-INT8, the matrix unit, which the system lets the process use.
+    AmxInt8,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
     /// x86-64 with AVX2, FMA, F16C and AVX-VNNI.
@@ -29,7 +31,7 @@ pub enum IsaName {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IsaError {
     /// The name means nothing.
-    #[error("unknown instruction set `{0}`: expected avx512-vnni, avx-vnni, avx2, neon-dotprod or portable")]
+    #[error("unknown instruction set `{0}`: expected amx-int8, avx512-vnni, avx-vnni, avx2, neon-dotprod or portable")]
     Unknown(String),
     /// The machine lacks it.
     #[error("this machine does not have the instruction set {wanted}; it has {available}")]
@@ -43,12 +45,14 @@ pub enum IsaError {
 
 impl IsaName {
     /// All of them, best first.
-    pub const ALL: [Self; 5] = [Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::NeonDotprod, Self::Portable];
+    pub const ALL: [Self; 6] =
+        [Self::AmxInt8, Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::NeonDotprod, Self::Portable];
 
     /// The name used by flags, logs and reports.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::AmxInt8 => "amx-int8",
             Self::Avx512Vnni => "avx512-vnni",
             Self::AvxVnni => "avx-vnni",
             Self::Avx2 => "avx2",
@@ -107,7 +111,7 @@ impl Isa {
     /// Whether 16-bit floating point arithmetic (AVX512-FP16) is there besides.
     #[must_use]
     pub fn has_half_arithmetic(self) -> bool {
-        self.0 == IsaName::Avx512Vnni && detect::has_avx512_fp16()
+        matches!(self.0, IsaName::AmxInt8 | IsaName::Avx512Vnni) && detect::has_avx512_fp16()
     }
 }
 

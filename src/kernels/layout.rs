@@ -41,6 +41,19 @@ pub struct PanelColumns {
     pub sum: [i32; PANEL],
 }
 
+/// The smallest and largest values of a row so far, by the lane that they stood in.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub struct RowRange {
+    pub(super) low: [f32; 16],
+    pub(super) high: [f32; 16],
+}
+
+impl RowRange {
+    /// That of no values.
+    pub const EMPTY: Self = Self { low: [f32::INFINITY; 16], high: [f32::NEG_INFINITY; 16] };
+}
+
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([i8; 64]);
@@ -143,6 +156,13 @@ pub struct CodeRows<'a> {
     pub stride: usize,
     /// One per row.
     pub scales: &'a [RowScale],
+}
+
+impl CodeRows<'_> {
+    /// Whether each row is there up to the end of a line of 64 codes.
+    pub(super) fn has_whole_lines(&self) -> bool {
+        self.stride.is_multiple_of(64) && self.codes.len() >= self.scales.len() * self.stride
+    }
 }
 
 /// Distance of rows of codes `n` wide: a multiple of a cache line, so that rows start aligned.

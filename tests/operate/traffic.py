@@ -121,6 +121,7 @@ class Tally:
     def __init__(self):
         self.counts = collections.Counter()  # of (path, status)
         self.latencies = []  # (when due, seconds) of each 200
+        self.refused = []  # when each 429 came
         self.wrong = []  # answers that should not be
         self.broken = collections.Counter()  # requests without an answer, by what happened
 
@@ -145,6 +146,8 @@ class Tally:
             if call.expected is not None and body != call.expected:
                 problem = "another result than on an idle server"
         elif status in ERROR_TYPES:
+            if status == 429:
+                self.refused.append(time.monotonic())
             error = json.loads(body)
             nested = isinstance(error["error"], dict)  # in the words of OpenAI
             if error["error"]["type"] not in OPENAI_TYPES if nested else error["error_type"] != ERROR_TYPES[status]:

@@ -11,7 +11,7 @@ use crate::compress::sparsity::{Pattern, Score};
 use crate::model::Architecture;
 use crate::quant::{BLOCK_DEPTH, BlockSparse, Weight};
 
-/// Removes blocks of `width` output channels by 4 inputs from linear layers, and makes up for them with those that stay.
+/// Removes blocks of 64 or 32 output channels by 4 inputs from linear layers, and makes up for them with those that stay.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PruneBlocks {
@@ -19,8 +19,9 @@ pub struct PruneBlocks {
     pub group: Group,
     /// Share of the blocks of each matrix that stays.
     pub density: f64,
-    /// Output channels of a block: 64 or 32.
-    pub width: usize,
+    /// Output channels of a block, 64 or 32. Left out, each matrix has what its kernel is faster with at half density
+    /// (`cargo bench --bench products -- --ratios 4096`): 32 where it has more outputs than inputs, else 64.
+    pub width: Option<usize>,
     /// How blocks are chosen.
     pub score: Score,
     /// Whether what stays becomes the best for its places, on the inputs as the pruned model feeds them.
@@ -31,14 +32,19 @@ pub struct PruneBlocks {
 
 impl Default for PruneBlocks {
     fn default() -> Self {
-        Self { group: Group::Ffn, density: 0.5, width: 64, score: Score::default(), refit: true, ridge: 0.01 }
+        Self { group: Group::Ffn, density: 0.5, width: None, score: Score::default(), refit: true, ridge: 0.01 }
     }
 }
 
 impl PruneBlocks {
     fn zeros(&self) -> Zeros {
-        let pattern = Pattern::Blocks { rows: self.width, cols: BLOCK_DEPTH, density: self.density };
-        Zeros { pattern, score: self.score, refit: self.refit, ridge: self.ridge }
+        Zeros { score: self.score, refit: self.refit, ridge: self.ridge }
+    }
+
+    /// Output channels of the blocks of a matrix.
+    fn width(&self, n_out: usize, n_in: usize) -> usize {
+        let best = if n_out > n_in || !n_out.is_multiple_of(64) { 32 } else { 64 };
+        self.width.unwrap_or(best)
     }
 }
 
@@ -57,7 +63,8 @@ impl CompressionPass for PruneBlocks {
 
     fn summary(&self) -> String {
         let refit = if self.refit { ", the rest refitted" } else { "" };
-        let Self { group, density, width, score, .. } = self;
+        let width = self.width.map_or("32 or 64".to_owned(), |width| width.to_string());
+        let Self { group, density, score, .. } = self;
         format!("{group}: {density} of the blocks of {width}x{BLOCK_DEPTH} stay, by {score}{refit}")
     }
 
@@ -70,16 +77,18 @@ impl CompressionPass for PruneBlocks {
         }
         check_density(self.density)?;
         check_ridge(self.ridge)?;
-        if self.width != 64 && self.width != 32 {
-            return Err(Refusal::new("width", format!("{} is neither 64 nor 32", self.width)));
+        if let Some(width) = self.width.filter(|width| ![64, 32].contains(width)) {
+            return Err(Refusal::new("width", format!("{width} is neither 64 nor 32")));
         }
         for (layer, config) in architecture.layers.iter().enumerate() {
             for slot in linear_slots(layer) {
                 let (n_out, n_in) = slot.shape(config, architecture.d_model);
                 let inside = self.group.contains(crate::compress::slots::MatrixSlot::Linear(slot));
-                if inside && !(n_out.is_multiple_of(self.width) && n_in.is_multiple_of(BLOCK_DEPTH)) {
-                    let reason = format!("{}x{BLOCK_DEPTH} does not divide {slot}, {n_out}x{n_in}", self.width);
-                    return Err(Refusal::new("width", reason));
+                let width = self.width(n_out, n_in);
+                if inside && !(n_out.is_multiple_of(width) && n_in.is_multiple_of(BLOCK_DEPTH)) {
+                    let field = if self.width.is_some() { "width" } else { "group" };
+                    let reason = format!("{width}x{BLOCK_DEPTH} does not divide {slot}, {n_out}x{n_in}");
+                    return Err(Refusal::new(field, reason));
                 }
             }
         }
@@ -90,15 +99,32 @@ impl CompressionPass for PruneBlocks {
         // Earlier passes may have changed shapes since they were checked.
         self.check(work.model.architecture())
             .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
-        let width = self.width;
+        let pattern = |n_out, n_in| {
+            let rows = self.width(n_out, n_in);
+            Pattern::Blocks { rows, cols: BLOCK_DEPTH, density: self.density }
+        };
         let encode = |values: &[f32], kept: &[bool], cols: usize| {
+            let width = self.width(values.len() / cols, cols);
             let (panels, groups) = (values.len() / cols / width, cols / BLOCK_DEPTH);
             let keep: Vec<bool> =
                 (0..panels * groups).map(|i| kept[i / groups * width * cols + i % groups * BLOCK_DEPTH]).collect();
             Weight::BlockSparse(BlockSparse::encode(values, cols, width, Some(&keep)))
         };
         let slots = linears(&work.model, self.group);
-        let matrices = self.zeros().put(work, &slots, &encode, progress)?;
+        let matrices = self.zeros().put(work, &slots, (&pattern, &encode), progress)?;
         Ok(PassReport { matrices, ..PassReport::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn width_follows_the_shape_unless_it_is_given() {
+        let free = PruneBlocks::default();
+        assert_eq!([(1536, 384), (384, 1536), (384, 384), (96, 384)].map(|(n_out, n_in)| free.width(n_out, n_in)), [32, 64, 64, 32]);
+        let given = PruneBlocks { width: Some(64), ..free };
+        assert_eq!(given.width(1536, 384), 64);
     }
 }

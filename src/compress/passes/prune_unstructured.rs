@@ -40,11 +40,14 @@ impl Default for PruneUnstructured {
 
 impl PruneUnstructured {
     fn zeros(&self) -> Zeros {
-        let pattern = match self.n_of_m {
+        Zeros { score: self.score, refit: self.refit, ridge: self.ridge }
+    }
+
+    fn pattern(&self) -> Pattern {
+        match self.n_of_m {
             Some([n, m]) => Pattern::NOfM { n, m },
             None => Pattern::Unstructured { density: self.density.unwrap_or(0.5) },
-        };
-        Zeros { pattern, score: self.score, refit: self.refit, ridge: self.ridge }
+        }
     }
 }
 
@@ -63,7 +66,7 @@ impl CompressionPass for PruneUnstructured {
 
     fn summary(&self) -> String {
         let refit = if self.refit { ", the rest refitted" } else { "" };
-        let stays = match self.zeros().pattern {
+        let stays = match self.pattern() {
             Pattern::NOfM { n, m } => format!("{n} of every {m} weights stay"),
             _ => format!("{} of the weights stay", self.density.unwrap_or(0.5)),
         };
@@ -109,7 +112,7 @@ impl CompressionPass for PruneUnstructured {
             .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
         let encode = |values: &[f32], _kept: &[bool], cols: usize| Weight::Bitmap(Bitmap::encode(values, cols));
         let slots = linears(&work.model, self.group);
-        let matrices = self.zeros().put(work, &slots, &encode, progress)?;
+        let matrices = self.zeros().put(work, &slots, (&|_, _| self.pattern(), &encode), progress)?;
         let notes = vec![
             "single zeros bring no speed: they are stored as a bitmap and the weights around them, and executed as dense INT8"
                 .to_owned(),

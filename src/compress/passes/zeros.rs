@@ -20,10 +20,12 @@ use crate::quant::Weight;
 /// The stored form of a matrix: its numbers, which of them are kept, and its number of columns.
 type Encode<'a> = &'a dyn Fn(&[f32], &[bool], usize) -> Weight<'static>;
 
+/// Where zeros may stand in a matrix, by its outputs and inputs.
+type PatternOf<'a> = &'a dyn Fn(usize, usize) -> Pattern;
+
 /// Settings of both passes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Zeros {
-    pub(super) pattern: Pattern,
     pub(super) score: Score,
     pub(super) refit: bool,
     pub(super) ridge: f64,
@@ -71,12 +73,13 @@ impl Zeros {
         self.score != Score::Magnitude || self.refit
     }
 
-    /// Puts zeros into `slots`; `encode` is given the numbers, the places kept and the number of columns.
+    /// Puts zeros into `slots`, where `pattern` lets them stand; `encode` is given the numbers, the places kept and the number of
+    /// columns.
     pub(super) fn put(
         &self,
         work: &mut Work<'_>,
         slots: &[LinearSlot],
-        encode: Encode<'_>,
+        (pattern, encode): (PatternOf<'_>, Encode<'_>),
         progress: &dyn Progress,
     ) -> Result<Vec<MatrixReport>, CompressError> {
         progress.phase_started("prune", slots.len() as u64);
@@ -85,7 +88,7 @@ impl Zeros {
             let text = work.text()?;
             let stops = |slot| slots.contains(&slot);
             let mut visit = |model: &mut Weights, slot: LinearSlot, moments: &Moments| {
-                reports.push(self.on_the_walk(model, slot, moments, encode)?);
+                reports.push(self.on_the_walk(model, slot, moments, (pattern, encode))?);
                 Ok(())
             };
             walk(&work.reference, &mut work.model, &text, &stops, &mut visit, progress)?;
@@ -94,7 +97,8 @@ impl Zeros {
                 let start = work.model.dense(slot);
                 let (weight, n_in) = (to_mat(&start.weight, start.n_in), start.n_in);
                 // By magnitude and without a refit nothing depends on the inputs.
-                let sparse = sparsify(&weight, &Mat::identity(n_in, n_in), self.pattern, self.score, false)
+                let pattern = pattern(weight.nrows(), n_in);
+                let sparse = sparsify(&weight, &Mat::identity(n_in, n_in), pattern, self.score, false)
                     .ok_or(CompressError::NotPositive { n: n_in })?;
                 let form = encode(&to_values(&sparse.weight), &sparse.kept, n_in);
                 reports.push(settle(&mut work.model, slot, form, None));
@@ -110,7 +114,7 @@ impl Zeros {
         model: &mut Weights,
         slot: LinearSlot,
         moments: &Moments,
-        encode: Encode<'_>,
+        (pattern, encode): (PatternOf<'_>, Encode<'_>),
     ) -> Result<MatrixReport, CompressError> {
         let start = model.dense(slot).clone();
         let n_in = start.n_in;
@@ -119,7 +123,8 @@ impl Zeros {
         // What the rest should come near to: with a refit, the weights that fit best to the inputs as they are now.
         let wanted = if self.refit { fit(moments, &start, 1.0, self.ridge)?.weight } else { start.weight };
         let wanted = to_mat(&wanted, n_in);
-        let sparse = sparsify(&wanted, &covariance, self.pattern, self.score, self.refit)
+        let pattern = pattern(wanted.nrows(), n_in);
+        let sparse = sparsify(&wanted, &covariance, pattern, self.score, self.refit)
             .ok_or(CompressError::NotPositive { n: n_in })?;
         let masked =
             Mat::from_fn(wanted.nrows(), n_in, |i, j| if sparse.kept[i * n_in + j] { wanted[(i, j)] } else { 0.0 });

@@ -139,7 +139,8 @@ impl Plan {
         self.rows.clear();
         self.listed.clear();
         // A lone short text still has a part for every core.
-        let block = batch.n_tokens().div_ceil(2 * n_cores).next_multiple_of(QUERY_GRAIN).clamp(QUERY_GRAIN, BLOCK_ROWS);
+        let most = kernels.block_rows(usize::MAX);
+        let block = batch.n_tokens().div_ceil(2 * n_cores).next_multiple_of(QUERY_GRAIN).clamp(QUERY_GRAIN, most);
         let mut end = 0;
         self.lines.push(0);
         self.rows.push(0);

@@ -263,8 +263,8 @@ fn cuts_are_balanced() {
     let largest = |cut: Cut<'_>| (0..cut.n_parts()).map(|part| cut.rows(part).len()).max().unwrap_or(0);
     for n_cores in 1..5 {
         for n in 1..300 {
-            let rows = row_cut(n, n_cores);
-            assert!(largest(rows) <= BLOCK_ROWS);
+            let rows = row_cut(n, 48, n_cores);
+            assert!(largest(rows) <= 48);
             let load = rows.n_parts().div_ceil(n_cores) * largest(rows);
             assert!(load <= n.div_ceil(n_cores) + rows.n_parts(), "{n} rows on {n_cores}: {load}");
             let panels = column_cut(n, n_cores);

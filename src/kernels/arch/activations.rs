@@ -3,6 +3,7 @@
 
 use super::simd::{Simd, exp2, load_some, store_some};
 use crate::kernels::Nonlinearity;
+use crate::kernels::layout::{PANEL, RowRange};
 
 /// Coefficients of [`gelu`], highest power first.
 const GELU: [f32; 10] = [
@@ -233,6 +234,61 @@ unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
         if whole < n {
             let x = load_some::<S>(values.add(whole), n - whole, 0.0);
             store_some::<S>(values.add(whole), n - whole, apply::<S>(kind, x));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activate_rows_as<S: Simd>(
+    kind: Nonlinearity,
+    values: *mut f32,
+    n_rows: usize,
+    n: usize,
+    ranges: *mut RowRange,
+) {
+    // SAFETY: `values` is `[n_rows, PANEL]` with `n ≤ PANEL`, and there are `n_rows` ranges, by contract.
+    unsafe {
+        let whole = n / S::LANES * S::LANES;
+        for row in 0..n_rows {
+            let (values, range) = (values.add(row * PANEL), ranges.add(row));
+            let (lowest, highest) = ((*range).low.as_mut_ptr(), (*range).high.as_mut_ptr());
+            let (mut low, mut high) = (S::load(lowest), S::load(highest));
+            let mut i = 0;
+            while i < whole {
+                let y = apply::<S>(kind, S::load(values.add(i)));
+                S::store(values.add(i), y);
+                low = S::min(low, y);
+                high = S::max(high, y);
+                i += S::LANES;
+            }
+            if i < n {
+                let x = load_some::<S>(values.add(i), n - i, 0.0);
+                store_some::<S>(values.add(i), n - i, apply::<S>(kind, x));
+                low = S::min(low, load_some::<S>(values.add(i), n - i, f32::INFINITY));
+                high = S::max(high, load_some::<S>(values.add(i), n - i, f32::NEG_INFINITY));
+            }
+            S::store(lowest, low);
+            S::store(highest, high);
+        }
+    }
+}
+
+/// `values[r, i] = f(values[r, i])` for `i < n`, and what becomes of the rows' ranges by it.
+#[inline(always)]
+pub(super) unsafe fn activate_rows<S: Simd>(
+    kind: Nonlinearity,
+    values: *mut f32,
+    n_rows: usize,
+    n: usize,
+    ranges: *mut RowRange,
+) {
+    // SAFETY: passed on unchanged.
+    unsafe {
+        match kind {
+            Nonlinearity::Gelu => activate_rows_as::<S>(Nonlinearity::Gelu, values, n_rows, n, ranges),
+            Nonlinearity::GeluTanh => activate_rows_as::<S>(Nonlinearity::GeluTanh, values, n_rows, n, ranges),
+            Nonlinearity::Relu => activate_rows_as::<S>(Nonlinearity::Relu, values, n_rows, n, ranges),
+            Nonlinearity::Tanh => activate_rows_as::<S>(Nonlinearity::Tanh, values, n_rows, n, ranges),
         }
     }
 }

@@ -11,6 +11,8 @@
 //! A key's step is folded into the query before the query is coded, so a score has one scale per row.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
 mod face;
 pub(super) mod integers;
 mod pack;
@@ -205,14 +207,19 @@ unsafe fn soften<P: Products>(scores: *mut f32, width: usize, scale: f32) -> f32
     }
 }
 
+/// What a product of a query with a key is multiplied with to become an exponent of 2.
+#[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]
+fn exponent_unit(heads: Heads) -> f32 {
+    std::f32::consts::LOG2_E / (heads.d_head as f32).sqrt()
+}
+
 /// Codes the query at `position`; returns what a score is multiplied with to become an exponent of 2.
 #[inline(always)]
 unsafe fn code_query<P: Products>(columns: &Columns<'_>, position: usize, steps: *const f32, to: *mut f32) -> f32 {
     // SAFETY: `to` holds a coded row, `steps` one per dimension.
     unsafe {
         let heads = columns.head.heads;
-        #[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]
-        let unit = std::f32::consts::LOG2_E / (heads.d_head as f32).sqrt();
+        let unit = exponent_unit(heads);
         let d = heads.d_padded();
         let lanes = P::S::LANES;
         if P::GROUP == 1 {
@@ -233,7 +240,7 @@ unsafe fn code_query<P: Products>(columns: &Columns<'_>, position: usize, steps:
             let x = P::S::mul(columns.read::<P::S>(position, j), P::S::load(steps.add(j)));
             P::store_query(to, j, P::S::mul(x, inverse));
         }
-        largest / P::LARGEST * unit
+        largest * (unit / P::LARGEST)
     }
 }
 

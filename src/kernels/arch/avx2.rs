@@ -145,9 +145,10 @@ pub(super) mod exact {
                     }
                 }
             }
-            for r in 0..R {
-                for j in 0..2 {
-                    T::put::<Avx2>(gemm, row + r, column + j * 8, sums[r][j]);
+            for j in 0..2 {
+                let columns = T::columns::<Avx2>(gemm, column + j * 8);
+                for r in 0..R {
+                    T::put::<Avx2>(gemm, row + r, column + j * 8, columns, sums[r][j]);
                 }
             }
         }
@@ -226,9 +227,10 @@ pub(super) mod vnni {
                     }
                 }
             }
-            for r in 0..R {
-                for j in 0..2 {
-                    T::put::<Avx2>(gemm, row + r, column + j * 8, sums[r][j]);
+            for j in 0..2 {
+                let columns = T::columns::<Avx2>(gemm, column + j * 8);
+                for r in 0..R {
+                    T::put::<Avx2>(gemm, row + r, column + j * 8, columns, sums[r][j]);
                 }
             }
         }

@@ -33,6 +33,12 @@ unsafe impl Simd for Avx512 {
             _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
         fn load_s8(from: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
         fn store_u8(to: *mut u8, x: __m512i) = _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x));
+        fn store_four_u8(to: *mut u8, x: [__m512i; 4]) = {
+            // Packing puts the four dwords of a vector into the four quarters of the result.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let bytes = _mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+            _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi32(order, bytes));
+        };
         fn store_int(to: *mut i32, x: __m512i) = _mm512_storeu_si512(to.cast(), x);
         fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
         fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
@@ -82,9 +88,10 @@ unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, r
                 _mm_prefetch::<_MM_HINT_T0>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
             }
         }
-        for r in 0..R {
-            for j in 0..4 {
-                T::put::<Avx512>(gemm, row + r, j * 16, sums[r][j]);
+        for j in 0..4 {
+            let columns = T::columns::<Avx512>(gemm, j * 16);
+            for r in 0..R {
+                T::put::<Avx512>(gemm, row + r, j * 16, columns, sums[r][j]);
             }
         }
     }

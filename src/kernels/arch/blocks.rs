@@ -59,10 +59,11 @@ pub(super) unsafe fn tile<D: Dot, T: Sink, const R: usize, const V: usize>(args:
     // SAFETY: in range by contract.
     unsafe {
         let sums = sums::<D, T, R, V>(args, tile);
-        for r in 0..R {
-            for v in 0..V {
-                let column = args.first_column + tile.column + v * D::S::LANES;
-                T::put::<D::S>(&args.gemm, tile.row + r, column, D::finish(sums[r][v]));
+        for v in 0..V {
+            let column = args.first_column + tile.column + v * D::S::LANES;
+            let columns = T::columns::<D::S>(&args.gemm, column);
+            for r in 0..R {
+                T::put::<D::S>(&args.gemm, tile.row + r, column, columns, D::finish(sums[r][v]));
             }
         }
     }

@@ -202,9 +202,11 @@ pub(super) unsafe fn tile<D: Dot, T: Sink, const R: usize, const V: usize>(args:
         let columns = &*args.gemm.columns;
         let mut sums = start_tile::<D, R, V>(columns.sum.as_ptr().add(tile.column));
         add::<D, T, R, V>(args, tile, 0..args.n_in.div_ceil(PAIR), None, &mut sums);
-        for r in 0..R {
-            for v in 0..V {
-                T::put::<D::S>(&args.gemm, tile.row + r, tile.column + v * D::S::LANES, D::finish(sums[r][v]));
+        for v in 0..V {
+            let column = tile.column + v * D::S::LANES;
+            let columns = T::columns::<D::S>(&args.gemm, column);
+            for r in 0..R {
+                T::put::<D::S>(&args.gemm, tile.row + r, column, columns, D::finish(sums[r][v]));
             }
         }
     }

@@ -9,6 +9,9 @@ pub(super) struct Gemm<T> {
     /// `[n_rows, stride]`.
     pub(super) codes: *const u8,
     pub(super) stride: usize,
+    /// Whether rows may be read to the end of the cache line that their last code stands in.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AMX alone reads on"))]
+    pub(super) whole_lines: bool,
     pub(super) scales: *const RowScale,
     pub(super) n_rows: usize,
     /// `[k_groups][PANEL][4]`.
@@ -23,50 +26,80 @@ pub(super) struct Gemm<T> {
 }
 
 /// What becomes of the accumulators of a row's columns `column..column + LANES`.
+///
+/// # Safety
+/// Of its functions, as for [`Simd`]; row and columns must be in range.
 pub(super) trait Sink: Sized {
-    /// # Safety
-    /// As for [`Simd`]; row and columns must be in range.
-    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I);
+    /// What is read of the columns, once for many rows.
+    type Columns<S: Simd>: Copy;
+    unsafe fn columns<S: Simd>(gemm: &Gemm<Self>, column: usize) -> Self::Columns<S>;
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, columns: Self::Columns<S>, sums: S::I);
 }
 
 impl Sink for i32 {
+    type Columns<S: Simd> = ();
+
     #[inline(always)]
-    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I) {
+    unsafe fn columns<S: Simd>(_gemm: &Gemm<Self>, _column: usize) {}
+    #[inline(always)]
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, _columns: (), sums: S::I) {
         // SAFETY: in range by contract.
         unsafe { S::store_int(gemm.out.add(row * PANEL + column), sums) }
     }
 }
 
-/// `scale · acc · column.scale + low · column.offset + column.bias`.
+/// What turns the sums of a few columns into values.
+#[derive(Clone, Copy)]
+pub(super) struct Affine<F> {
+    scale: F,
+    offset: F,
+    bias: F,
+}
+
 #[inline(always)]
-unsafe fn dequantize<S: Simd, T>(gemm: &Gemm<T>, row: usize, column: usize, sums: S::I) -> S::F {
-    // SAFETY: in range by the contract of `Sink::put`.
+unsafe fn affine<S: Simd, T>(gemm: &Gemm<T>, column: usize) -> Affine<S::F> {
+    // SAFETY: in range by the contract of `Sink`.
     unsafe {
         let columns = &*gemm.columns;
-        let scale = *gemm.scales.add(row);
-        let product = S::mul(S::to_float(sums), S::load(columns.scale.as_ptr().add(column)));
+        let scale = S::load(columns.scale.as_ptr().add(column));
         let offset = S::load(columns.offset.as_ptr().add(column));
-        let constant = S::fma(S::splat(scale.low), offset, S::load(columns.bias.as_ptr().add(column)));
+        Affine { scale, offset, bias: S::load(columns.bias.as_ptr().add(column)) }
+    }
+}
+
+/// `scale · acc · column.scale + low · column.offset + column.bias`.
+#[inline(always)]
+unsafe fn dequantize<S: Simd, T>(gemm: &Gemm<T>, row: usize, columns: Affine<S::F>, sums: S::I) -> S::F {
+    // SAFETY: in range by the contract of `Sink`.
+    unsafe {
+        let scale = *gemm.scales.add(row);
+        let product = S::mul(S::to_float(sums), columns.scale);
+        let constant = S::fma(S::splat(scale.low), columns.offset, columns.bias);
         S::fma(product, S::splat(scale.scale), constant)
     }
 }
 
-impl Sink for f32 {
-    #[inline(always)]
-    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I) {
-        // SAFETY: in range by contract.
-        unsafe { S::store(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, column, sums)) }
-    }
-}
+/// Values in f32 and in binary16.
+macro_rules! value_sink {
+    ($type:ty, $store:ident) => {
+        impl Sink for $type {
+            type Columns<S: Simd> = Affine<S::F>;
 
-/// Binary16.
-impl Sink for u16 {
-    #[inline(always)]
-    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, sums: S::I) {
-        // SAFETY: in range by contract.
-        unsafe { S::store_half(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, column, sums)) }
-    }
+            #[inline(always)]
+            unsafe fn columns<S: Simd>(gemm: &Gemm<Self>, column: usize) -> Affine<S::F> {
+                // SAFETY: passed on.
+                unsafe { affine::<S, _>(gemm, column) }
+            }
+            #[inline(always)]
+            unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, columns: Affine<S::F>, sums: S::I) {
+                // SAFETY: in range by contract.
+                unsafe { S::$store(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, columns, sums)) }
+            }
+        }
+    };
 }
+value_sink!(f32, store);
+value_sink!(u16, store_half);
 
 /// Rows cut into as few tiles of at most `tile` rows as possible, of nearly equal size: a short last tile would leave the
 /// multipliers waiting for its few accumulators (32 rows: 6, 6, 5, 5, 5, 5 instead of five sixes and a two).

@@ -2,6 +2,8 @@
 #![allow(unsafe_code, reason = "intrinsics and raw pointers into blocks; this folder is the only place for them")]
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attend;
 mod blocks;
 mod codebook;
@@ -36,7 +38,7 @@ use self::rows::{AddNorm, Quantize};
 use self::table::Table;
 use super::attention::{AttentionForm, Heads};
 use super::isa::{Isa, IsaName};
-use super::layout::{CodeRows, PANEL, PackedLinear, RowScale};
+use super::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale};
 use super::{Nonlinearity, Reduction};
 
 /// Kernels of one instruction set, chosen once and passed to whoever computes.
@@ -106,8 +108,13 @@ impl CodeRowsMut<'_> {
     }
 }
 
+/// Inputs up to which a panel of weights and a block of codes fit the first cache.
+const FEW_INPUTS: usize = 384;
+
 fn table(isa: Isa) -> &'static Table {
     match isa.name() {
+        #[cfg(target_arch = "x86_64")]
+        IsaName::AmxInt8 => &amx::TABLE,
         #[cfg(target_arch = "x86_64")]
         IsaName::Avx512Vnni => &avx512::TABLE,
         #[cfg(target_arch = "x86_64")]
@@ -143,6 +150,16 @@ impl KernelSet {
     #[must_use]
     pub fn name(&self) -> &'static str {
         self.table.name
+    }
+
+    /// Most rows that [`KernelSet::block_rows`] gives.
+    pub const MOST_BLOCK_ROWS: usize = 64;
+
+    /// Rows of a block that products of `n_in` inputs are fastest with: what a row pass makes of the results, and the weights
+    /// of a panel, should stay in the caches near by.
+    #[must_use]
+    pub fn block_rows(&self, n_in: usize) -> usize {
+        self.table.block_rows[usize::from(n_in > FEW_INPUTS)]
     }
 
     /// Attention in `form`, if the instruction set has it.
@@ -188,6 +205,7 @@ impl KernelSet {
         let args = Gemm {
             codes: x.codes.as_ptr(),
             stride: x.stride,
+            whole_lines: x.has_whole_lines(),
             scales: x.scales.as_ptr(),
             n_rows,
             weights: weights.panel(panel),
@@ -230,6 +248,19 @@ impl KernelSet {
         unsafe { (self.table.activate)(kind, values.as_mut_ptr(), values.len()) }
     }
 
+    /// `values[r, c] = f(values[r, c])` for the first `n` columns of a block of one panel, and takes the results into `ranges`, one
+    /// per row.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn activate_rows(&self, kind: Nonlinearity, values: &mut [f32], n: usize, ranges: &mut [RowRange]) {
+        assert!(n <= PANEL && values.len() == ranges.len() * PANEL, "{} ranges for {}", ranges.len(), values.len());
+        // SAFETY: `Isa` proves the instruction set; sizes are checked above.
+        unsafe {
+            (self.table.activate_rows)(kind, values.as_mut_ptr(), ranges.len(), n, ranges.as_mut_ptr());
+        }
+    }
+
     /// Codes of rows `rows` of `block`, with a step and a minimum per row.
     ///
     /// ```text
@@ -240,6 +271,25 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn quantize(&self, block: Block<'_>, rows: Range<usize>, to: &mut CodeRowsMut<'_>) {
+        self.quantize_with(block, rows, std::ptr::null(), to);
+    }
+
+    /// The same of all rows, whose ranges are known ([`KernelSet::activate_rows`]).
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn quantize_within(&self, block: Block<'_>, ranges: &[RowRange], to: &mut CodeRowsMut<'_>) {
+        assert_eq!(ranges.len(), block.n_rows);
+        self.quantize_with(block, 0..block.n_rows, ranges.as_ptr(), to);
+    }
+
+    fn quantize_with(
+        &self,
+        block: Block<'_>,
+        rows: Range<usize>,
+        ranges: *const RowRange,
+        to: &mut CodeRowsMut<'_>,
+    ) {
         block.check(&rows);
         to.check(rows.len(), block.n);
         let args = Quantize {
@@ -251,6 +301,7 @@ impl KernelSet {
             stride: to.stride,
             scales: to.scales.as_mut_ptr(),
             range: to.range,
+            ranges,
         };
         // SAFETY: `Isa` proves the instruction set; sizes are checked above.
         unsafe { (self.table.quantize)(&args) }

@@ -111,9 +111,10 @@ unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, row: usize, column: usiz
                 }
             }
         }
-        for r in 0..R {
-            for j in 0..4 {
-                T::put::<Neon>(gemm, row + r, column + j * 4, sums[r][j]);
+        for j in 0..4 {
+            let columns = T::columns::<Neon>(gemm, column + j * 4);
+            for r in 0..R {
+                T::put::<Neon>(gemm, row + r, column + j * 4, columns, sums[r][j]);
             }
         }
     }

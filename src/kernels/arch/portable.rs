@@ -85,7 +85,9 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
                     }
                 }
                 for c in (0..16).step_by(4) {
-                    T::put::<Portable>(gemm, row, column + c, [sums[c], sums[c + 1], sums[c + 2], sums[c + 3]]);
+                    let columns = T::columns::<Portable>(gemm, column + c);
+                    let four = [sums[c], sums[c + 1], sums[c + 2], sums[c + 3]];
+                    T::put::<Portable>(gemm, row, column + c, columns, four);
                 }
             }
         }

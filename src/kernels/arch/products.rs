@@ -93,7 +93,7 @@ const fn up_to(n: usize, most: usize) -> usize {
 macro_rules! products {
     ($name:ident: #[$features:meta] $dot:ty, $rows:literal x $vectors:literal) => {
         #[allow(dead_code, reason = "some instruction sets use a dot product for a part of the forms alone")]
-        mod $name {
+        pub(in crate::kernels::arch) mod $name {
             use crate::kernels::arch::blocks::{self, Blocks};
             use crate::kernels::arch::codebook::{self, Codebook, Tile, ValueSink};
             use crate::kernels::arch::dot::Dot;
@@ -135,27 +135,27 @@ macro_rules! products {
             }
 
             #[$features]
-            pub(super) unsafe fn plain<T: Sink>(args: &Codebook<T>) {
+            pub(in crate::kernels::arch::products) unsafe fn plain<T: Sink>(args: &Codebook<T>) {
                 let k = args.n_in.next_multiple_of(PAIR);
                 tiles!(args, k, PANEL, $rows x $vectors, plain_tile::<$dot, T>);
             }
             #[$features]
-            pub(super) unsafe fn grouped<T: ValueSink>(args: &Codebook<T>) {
+            pub(in crate::kernels::arch::products) unsafe fn grouped<T: ValueSink>(args: &Codebook<T>) {
                 let k = args.n_in.next_multiple_of(PAIR);
                 tiles!(args, k, PANEL, $rows x $vectors, grouped_tile::<$dot, T>);
             }
             #[$features]
-            pub(super) unsafe fn blocks<T: Sink>(args: &Blocks<T>) {
+            pub(in crate::kernels::arch::products) unsafe fn blocks<T: Sink>(args: &Blocks<T>) {
                 let k = args.n_in.next_multiple_of(4);
                 tiles!(args, k, args.width, $rows x $vectors, block_tile::<$dot, T>);
             }
             #[$features]
-            pub(super) unsafe fn offset_blocks<T: ValueSink>(args: &Blocks<T>) {
+            pub(in crate::kernels::arch::products) unsafe fn offset_blocks<T: ValueSink>(args: &Blocks<T>) {
                 let k = args.n_in.next_multiple_of(4);
                 tiles!(args, k, args.width, $rows x $vectors, offset_tile::<$dot, T>);
             }
             #[$features]
-            pub(super) unsafe fn in_groups<T: ValueSink>(args: &Groups<T>) {
+            pub(in crate::kernels::arch) unsafe fn in_groups<T: ValueSink>(args: &Groups<T>) {
                 let k = args.n_in.next_multiple_of(4);
                 tiles!(args, k, PANEL, $rows x $vectors, groups_tile::<$dot, T>);
             }
@@ -166,9 +166,9 @@ macro_rules! products {
 /// `static FORMS`: dot products for weights within ±32, within ±64 and any, and for strips of 32 columns.
 macro_rules! forms {
     ($within32:ident, $within64:ident, $any:ident, $narrow:ident) => {
-        forms! { $within32, $within64, $any, $narrow, None }
+        forms! { $within32, $within64, $any, $narrow, None, $any::in_groups }
     };
-    ($within32:ident, $within64:ident, $any:ident, $narrow:ident, $ahead:expr) => {
+    ($within32:ident, $within64:ident, $any:ident, $narrow:ident, $ahead:expr, $groups:path) => {
         use super::{Blocks, Forms, Products};
         use crate::kernels::arch::codebook::ValueSink;
         use crate::kernels::arch::gemm::Sink;
@@ -194,7 +194,7 @@ macro_rules! forms {
                 grouped: Some([$within32::grouped::<T>, $within64::grouped::<T>, $any::grouped::<T>]),
                 blocks: blocks::<T>,
                 offset_blocks: Some($any::offset_blocks::<T>),
-                groups: Some($any::in_groups::<T>),
+                groups: Some($groups),
                 ahead: $ahead,
             }
         }
@@ -229,7 +229,17 @@ mod avx512 {
     use super::Ahead;
     use crate::kernels::arch::avx512::{decode, gemm};
     // As fast as dense INT8 from some rows on; decoding for every tile of six rows takes half as long again.
-    forms! { any, any, any, narrow, Some(Ahead { decode: decode::<T>, dense: gemm::<T> }) }
+    forms! { any, any, any, narrow, Some(Ahead { decode: decode::<T>, dense: gemm::<T> }), any::in_groups }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx {
+    use super::Ahead;
+    pub(in crate::kernels::arch) use super::avx512::any;
+    use super::avx512::narrow;
+    use crate::kernels::arch::amx::{gemm, groups};
+    use crate::kernels::arch::avx512::decode;
+    forms! { any, any, any, narrow, Some(Ahead { decode: decode::<T>, dense: gemm::<T> }), groups }
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -245,6 +255,8 @@ mod portable {
 
 pub(super) fn forms(isa: IsaName) -> &'static Forms {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        IsaName::AmxInt8 => &amx::FORMS,
         #[cfg(target_arch = "x86_64")]
         IsaName::Avx512Vnni => &avx512::FORMS,
         #[cfg(target_arch = "x86_64")]
@@ -265,6 +277,7 @@ fn gemm<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumn
     Gemm {
         codes: x.codes.as_ptr(),
         stride: x.stride,
+        whole_lines: x.has_whole_lines(),
         scales: x.scales.as_ptr(),
         n_rows,
         weights,

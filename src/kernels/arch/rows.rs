@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::simd::{Simd, load_some, store_some, store_some_u8};
 use crate::kernels::Reduction;
-use crate::kernels::layout::{PANEL, RowScale};
+use crate::kernels::layout::{PANEL, RowRange, RowScale};
 
 /// Rows `rows` of a block of `n_rows` rows in panels, `n` columns wide, to be turned into codes.
 pub(super) struct Quantize {
@@ -19,6 +19,8 @@ pub(super) struct Quantize {
     pub(super) scales: *mut RowScale,
     /// The range of all rows, where it was fixed beforehand.
     pub(super) range: Option<RowScale>,
+    /// The range of each row of `rows`, where it is known; else null.
+    pub(super) ranges: *const RowRange,
 }
 
 /// Rows `rows` of a block (or none) to be added to a residual, normalised and turned into codes.
@@ -73,8 +75,13 @@ pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
         for (index, row) in args.rows.clone().enumerate() {
             let mut low = S::splat(f32::INFINITY);
             let mut high = S::splat(f32::NEG_INFINITY);
+            let known = !args.ranges.is_null();
+            if known {
+                let range = &*args.ranges.add(index);
+                (low, high) = (S::load(range.low.as_ptr()), S::load(range.high.as_ptr()));
+            }
             let mut column = 0;
-            while column < n && !clip {
+            while column < n && !clip && !known {
                 let from = args.block.add((column / PANEL * args.n_rows + row) * PANEL);
                 let width = PANEL.min(n - column);
                 let mut i = 0;
@@ -102,6 +109,14 @@ pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
                 let from = args.block.add((column / PANEL * args.n_rows + row) * PANEL);
                 let width = PANEL.min(n - column);
                 let mut i = 0;
+                while i + 4 * S::LANES <= width {
+                    let mut codes = [code::<S>(S::load(from.add(i)), low, inverse, clip); 4];
+                    for j in 1..4 {
+                        codes[j] = code::<S>(S::load(from.add(i + j * S::LANES)), low, inverse, clip);
+                    }
+                    S::store_four_u8(to.add(column + i), codes);
+                    i += 4 * S::LANES;
+                }
                 while i + S::LANES <= width {
                     S::store_u8(to.add(column + i), code::<S>(S::load(from.add(i)), low, inverse, clip));
                     i += S::LANES;
@@ -116,12 +131,88 @@ pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
     }
 }
 
+/// [`add_norm`] of rows of `N` vectors, a multiple of four, on vectors of which four make a panel's row.
+#[inline(always)]
+unsafe fn add_norm_held<S: Simd, const N: usize>(args: &AddNorm) {
+    // SAFETY: sizes as in `add_norm`, a block, and `n = N · LANES`.
+    unsafe {
+        let n = N * S::LANES;
+        #[allow(clippy::cast_precision_loss, reason = "at most 32 vectors")]
+        let inverse_n = 1.0 / n as f32;
+        for (index, row) in args.rows.clone().enumerate() {
+            let x = args.residual.add(index * n);
+            let mut held = [S::splat(0.0); N];
+            let mut sums = [S::splat(0.0); 4];
+            // In fours, so that what adds up stays in registers though the outer loop is not unrolled.
+            for v in (0..N).step_by(4) {
+                let from = args.block.add((v * S::LANES / PANEL * args.n_rows + row) * PANEL + v * S::LANES % PANEL);
+                for j in 0..4 {
+                    let value = S::add(S::load(x.add((v + j) * S::LANES)), S::load(from.add(j * S::LANES)));
+                    held[v + j] = value;
+                    sums[j] = S::add(sums[j], value);
+                }
+            }
+            let sum = S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3]));
+            let mean = S::splat(S::sum(sum) * inverse_n);
+            let mut squares = [S::splat(0.0); 4];
+            for v in (0..N).step_by(4) {
+                for j in 0..4 {
+                    let centred = S::sub(held[v + j], mean);
+                    squares[j] = S::fma(centred, centred, squares[j]);
+                }
+            }
+            let square = S::sum(S::add(S::add(squares[0], squares[1]), S::add(squares[2], squares[3])));
+            let deviation = S::splat(1.0 / (square * inverse_n + args.eps).sqrt());
+            let mut low = [S::splat(f32::INFINITY); 4];
+            let mut high = [S::splat(f32::NEG_INFINITY); 4];
+            for v in (0..N).step_by(4) {
+                for j in 0..4 {
+                    let column = (v + j) * S::LANES;
+                    let gain = S::mul(S::load(args.gain.add(column)), deviation);
+                    let y = S::fma(S::sub(held[v + j], mean), gain, S::load(args.bias.add(column)));
+                    S::store(x.add(column), y);
+                    held[v + j] = y;
+                    low[j] = S::min(low[j], y);
+                    high[j] = S::max(high[j], y);
+                }
+            }
+            let (scale, inverse) = match args.range {
+                Some(range) => fixed(range),
+                None => {
+                    let low = S::min(S::min(low[0], low[1]), S::min(low[2], low[3]));
+                    let high = S::max(S::max(high[0], high[1]), S::max(high[2], high[3]));
+                    step(S::lowest(low), S::highest(high))
+                }
+            };
+            *args.scales.add(index) = scale;
+            let (low, inverse) = (S::splat(scale.low), S::splat(inverse));
+            let to = args.codes.add(index * args.stride);
+            let clip = args.range.is_some();
+            for v in (0..N).step_by(4) {
+                let mut codes = [code::<S>(held[v], low, inverse, clip); 4];
+                for j in 1..4 {
+                    codes[j] = code::<S>(held[v + j], low, inverse, clip);
+                }
+                S::store_four_u8(to.add(v * S::LANES), codes);
+            }
+        }
+    }
+}
+
 /// `x = residual + block`, `y = (x − mean) / √(var + eps) · gain + bias`, codes of y; per row.
 #[inline(always)]
 pub(super) unsafe fn add_norm<S: Simd>(args: &AddNorm) {
     // SAFETY: sizes as in `quantize`; `residual`, `gain` and `bias` hold `n` per row.
     unsafe {
         let n = args.n;
+        if S::LANES == 16 && !args.block.is_null() {
+            match n {
+                128 => return add_norm_held::<S, 8>(args),
+                256 => return add_norm_held::<S, 16>(args),
+                384 => return add_norm_held::<S, 24>(args),
+                _ => {}
+            }
+        }
         let whole = n / S::LANES * S::LANES;
         let rest = n - whole;
         #[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]

@@ -28,6 +28,16 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn load_s8(from: *const i8) -> Self::F;
     /// Writes the low byte of each lane; lanes must be in 0..=255.
     unsafe fn store_u8(to: *mut u8, x: Self::I);
+    /// [`Simd::store_u8`] of four vectors, one behind the other.
+    #[inline(always)]
+    unsafe fn store_four_u8(to: *mut u8, x: [Self::I; 4]) {
+        // SAFETY: passed on.
+        unsafe {
+            for v in 0..4 {
+                Self::store_u8(to.add(v * Self::LANES), x[v]);
+            }
+        }
+    }
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;

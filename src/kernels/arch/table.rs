@@ -3,15 +3,19 @@
 use super::attend::table::Forms;
 use super::gemm::Gemm;
 use super::rows::{AddNorm, Quantize};
+use crate::kernels::layout::RowRange;
 use crate::kernels::{Nonlinearity, Reduction};
 
 /// The kernels of an instruction set. Each is `unsafe`, because it needs the instruction set and valid pointers.
 pub(super) struct Table {
     pub(super) name: &'static str,
+    /// Rows of a block for products of few inputs, and of many.
+    pub(super) block_rows: [usize; 2],
     pub(super) gemm_i32: unsafe fn(&Gemm<i32>),
     pub(super) gemm_f32: unsafe fn(&Gemm<f32>),
     pub(super) gemm_half: unsafe fn(&Gemm<u16>),
     pub(super) activate: unsafe fn(Nonlinearity, *mut f32, usize),
+    pub(super) activate_rows: unsafe fn(Nonlinearity, *mut f32, usize, usize, *mut RowRange),
     pub(super) quantize: unsafe fn(&Quantize),
     pub(super) add_norm: unsafe fn(&AddNorm),
     pub(super) add_codes: unsafe fn(*mut f32, *const i8, f32, usize),
@@ -40,12 +44,24 @@ macro_rules! kernel_table {
             use $crate::kernels::arch::activations;
             use $crate::kernels::arch::rows::{self, AddNorm, Quantize};
             use $crate::kernels::arch::table::Table;
+            use $crate::kernels::layout::RowRange;
             use $crate::kernels::{Nonlinearity, Reduction};
 
             #[$features]
             unsafe fn activate(kind: Nonlinearity, values: *mut f32, n: usize) {
                 // SAFETY: passed on unchanged, under the target features that the vectors need.
                 unsafe { activations::activate::<$simd>(kind, values, n) }
+            }
+            #[$features]
+            unsafe fn activate_rows(
+                kind: Nonlinearity,
+                values: *mut f32,
+                n_rows: usize,
+                n: usize,
+                ranges: *mut RowRange,
+            ) {
+                // SAFETY: passed on unchanged.
+                unsafe { activations::activate_rows::<$simd>(kind, values, n_rows, n, ranges) }
             }
             #[$features]
             unsafe fn quantize(args: &Quantize) {
@@ -69,10 +85,12 @@ macro_rules! kernel_table {
             }
             Table {
                 name: $name,
+                block_rows: [48, 48],
                 gemm_i32: $gemm::<i32>,
                 gemm_f32: $gemm::<f32>,
                 gemm_half: $gemm::<u16>,
                 activate,
+                activate_rows,
                 quantize,
                 add_norm,
                 add_codes,

@@ -172,17 +172,43 @@ mod x86 {
         60_097, 60_751, 61_413, 62_081, 62_757, 63_441, 64_132, 64_830,
     ];
 
-    /// In 16 bits, 64 weights at a time: the exponent in 64ths, its fraction looked up, its whole part a shift.
+    /// 64 weights of exponents in 64ths, in the order of the four vectors: in 16 bits, the fraction looked up, the whole part a
+    /// shift.
     #[inline(always)]
-    unsafe fn weigh_bytes(scores: *mut f32, width: usize, highest: __m512, scale: __m512) -> i32 {
-        // SAFETY: AVX-512 F, BW and VNNI; `scores` holds `width`, and nothing beyond is read or written.
+    pub(in crate::kernels::arch) unsafe fn weights(exponents: [__m512i; 4]) -> __m512i {
+        // SAFETY: AVX-512 F and BW, by contract.
         unsafe {
-            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(64.0));
-            let offset = _mm512_fnmadd_ps(highest, scale, _mm512_set1_ps(64.0 * BYTE_WEIGHT_LOG2));
             let low = _mm512_loadu_si512(POWERS.as_ptr().cast());
             let high = _mm512_loadu_si512(POWERS.as_ptr().add(32).cast());
             // Packing puts the four dwords of a vector into the four quarters of the result.
             let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let x = exponents;
+            let mut halves = [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])];
+            for exponent in &mut halves {
+                let fraction = _mm512_permutex2var_epi16(low, *exponent, high);
+                let shift = _mm512_sub_epi16(_mm512_set1_epi16(14), _mm512_srai_epi16::<6>(*exponent));
+                // A shift by more than there is gives 0; the last bit is rounded.
+                *exponent = _mm512_avg_epu16(_mm512_srlv_epi16(fraction, shift), _mm512_setzero_si512());
+            }
+            _mm512_permutexvar_epi32(order, _mm512_packus_epi16(halves[0], halves[1]))
+        }
+    }
+
+    /// What a score in f32 is multiplied with, and what is added, to become an exponent of [`weights`].
+    #[inline(always)]
+    pub(in crate::kernels::arch) unsafe fn exponent(highest: __m512, scale: __m512) -> (__m512, __m512) {
+        // SAFETY: AVX-512 F, by contract.
+        unsafe {
+            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(64.0));
+            (scale, _mm512_fnmadd_ps(highest, scale, _mm512_set1_ps(64.0 * BYTE_WEIGHT_LOG2)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn weigh_bytes(scores: *mut f32, width: usize, highest: __m512, scale: __m512) -> i32 {
+        // SAFETY: AVX-512 F, BW and VNNI; `scores` holds `width`, and nothing beyond is read or written.
+        unsafe {
+            let (scale, offset) = exponent(highest, scale);
             let mut total = _mm512_setzero_si512();
             let mut i = 0;
             while i < width {
@@ -195,14 +221,7 @@ mod x86 {
                         x[v] = _mm512_cvtps_epi32(_mm512_fmadd_ps(score, scale, offset));
                     }
                 }
-                let mut weights = [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])];
-                for exponent in &mut weights {
-                    let fraction = _mm512_permutex2var_epi16(low, *exponent, high);
-                    let shift = _mm512_sub_epi16(_mm512_set1_epi16(14), _mm512_srai_epi16::<6>(*exponent));
-                    // A shift by more than there is gives 0; the last bit is rounded.
-                    *exponent = _mm512_avg_epu16(_mm512_srlv_epi16(fraction, shift), _mm512_setzero_si512());
-                }
-                let bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(weights[0], weights[1]));
+                let bytes = weights(x);
                 total = _mm512_dpbusd_epi32(total, bytes, _mm512_set1_epi8(1));
                 let kept = if there < 64 { (1 << there) - 1 } else { u64::MAX };
                 _mm512_mask_storeu_epi8(scores.cast::<i8>().add(i), kept, bytes);
@@ -281,7 +300,7 @@ mod x86 {
     }
 }
 #[cfg(target_arch = "x86_64")]
-pub(in crate::kernels::arch) use x86::{Exact, Vnni};
+pub(in crate::kernels::arch) use x86::{Exact, Vnni, exponent, weights};
 
 #[cfg(target_arch = "aarch64")]
 mod neon {

@@ -16,6 +16,7 @@ pub(in crate::kernels::arch) struct AttentionTable {
 }
 
 /// The forms that an instruction set has.
+#[derive(Clone, Copy)]
 pub(in crate::kernels::arch) struct Forms {
     /// In the order in which they are preferred; the last one has no limit.
     pub(in crate::kernels::arch) preferred: &'static [AttentionForm],
