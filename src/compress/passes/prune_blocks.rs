@@ -123,7 +123,10 @@ mod tests {
     #[test]
     fn width_follows_the_shape_unless_it_is_given() {
         let free = PruneBlocks::default();
-        assert_eq!([(1536, 384), (384, 1536), (384, 384), (96, 384)].map(|(n_out, n_in)| free.width(n_out, n_in)), [32, 64, 64, 32]);
+        assert_eq!(
+            [(1536, 384), (384, 1536), (384, 384), (96, 384)].map(|(n_out, n_in)| free.width(n_out, n_in)),
+            [32, 64, 64, 32]
+        );
         let given = PruneBlocks { width: Some(64), ..free };
         assert_eq!(given.width(1536, 384), 64);
     }

@@ -104,79 +104,81 @@ impl Steps {
     }
 }
 
-/// `sums[r, c] = Σ_k codes[r, k] · weights[c, k]` for 32 rows and 32 columns, rows 32 apart; added to what is there if it shall
-/// `go_on`.
-///
-/// # Safety
-/// AMX must be usable and the tiles shaped; 32 rows of codes and the weights of the steps must be readable, there must be a
-/// whole step, and sums to go on from.
+/// A function that makes a square of sums; each step executes `$fetch` besides.
 macro_rules! square {
-    ($name:ident $(, $ahead:literal)*) => {
-#[inline]
-unsafe fn $name(codes: *const u8, stride: usize, steps: Steps, go_on: bool, ahead: *const i8, sums: &mut Sums) {
-    let sums: *mut i32 = sums.0.as_mut_ptr().cast();
-    // SAFETY: as the contract says; the assembly writes the 1,024 sums only.
-    unsafe {
-        asm!(
-            "test {go_on}, {go_on}",
-            "jz 4f",
-            "tileloadd tmm0, [{sums} + {row}]",
-            "tileloadd tmm1, [{sums} + {row} + 64]",
-            "tileloadd tmm2, [{below} + {row}]",
-            "tileloadd tmm3, [{below} + {row} + 64]",
-            "jmp 2f",
-            "4:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{upper} + {stride}]",
-            "tileloadd tmm6, [{weights} + {line}]",
-            "tileloadd tmm7, [{weights} + {line} + 64]",
-            "tdpbusd tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{lower} + {stride}]",
-            "tdpbusd tmm1, tmm4, tmm7",
-            $($ahead,)*
-            "tdpbusd tmm2, tmm5, tmm6",
-            "tdpbusd tmm3, tmm5, tmm7",
-            "add {upper}, 64",
-            "add {lower}, 64",
-            "add {weights}, 4096",
-            "add {ahead}, 4096",
-            "dec {n_steps}",
-            "jnz 2b",
-            "test {rest}, {rest}",
-            "jz 3f",
-            "mov {weights}, {rest}",
-            "xor {rest:e}, {rest:e}",
-            "mov {n_steps:e}, 1",
-            "jmp 2b",
-            "3:",
-            "tilestored [{sums} + {row}], tmm0",
-            "tilestored [{sums} + {row} + 64], tmm1",
-            "tilestored [{below} + {row}], tmm2",
-            "tilestored [{below} + {row} + 64], tmm3",
-            upper = inout(reg) codes => _,
-            lower = inout(reg) codes.add(TILE * stride) => _,
-            stride = in(reg) stride,
-            weights = inout(reg) steps.weights => _,
-            rest = inout(reg) steps.rest => _,
-            n_steps = inout(reg) steps.n_whole => _,
-            ahead = inout(reg) ahead => _,
-            line = in(reg) 4 * PANEL,
-            sums = in(reg) sums,
-            below = in(reg) sums.add(TILE * 2 * TILE),
-            row = in(reg) 2 * TILE * size_of::<i32>(),
-            go_on = in(reg) usize::from(go_on),
-            options(nostack),
-        );
-    }
-}
+    ($name:ident $(, $fetch:literal)*) => {
+        /// `sums[r, c] = Σ_k codes[r, k] · weights[c, k]` for 32 rows and 32 columns, rows 32 apart; added to what is there if it
+        /// shall `go_on`. `ahead` goes along a panel as the weights do.
+        ///
+        /// # Safety
+        /// AMX must be usable and the tiles shaped; 32 rows of codes and the weights of the steps must be readable, there must
+        /// be a whole step, and sums to go on from.
+        #[inline]
+        unsafe fn $name(codes: *const u8, stride: usize, steps: Steps, go_on: bool, ahead: *const i8, sums: &mut Sums) {
+            let sums: *mut i32 = sums.0.as_mut_ptr().cast();
+            // SAFETY: as the contract says; the assembly writes the 1,024 sums only.
+            unsafe {
+                asm!(
+                    "test {go_on}, {go_on}",
+                    "jz 4f",
+                    "tileloadd tmm0, [{sums} + {row}]",
+                    "tileloadd tmm1, [{sums} + {row} + 64]",
+                    "tileloadd tmm2, [{below} + {row}]",
+                    "tileloadd tmm3, [{below} + {row} + 64]",
+                    "jmp 2f",
+                    "4:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "2:",
+                    "tileloadd tmm4, [{upper} + {stride}]",
+                    "tileloadd tmm6, [{weights} + {line}]",
+                    "tileloadd tmm7, [{weights} + {line} + 64]",
+                    "tdpbusd tmm0, tmm4, tmm6",
+                    "tileloadd tmm5, [{lower} + {stride}]",
+                    "tdpbusd tmm1, tmm4, tmm7",
+                    $($fetch,)*
+                    "tdpbusd tmm2, tmm5, tmm6",
+                    "tdpbusd tmm3, tmm5, tmm7",
+                    "add {upper}, 64",
+                    "add {lower}, 64",
+                    "add {weights}, 4096",
+                    "add {ahead}, 4096",
+                    "dec {n_steps}",
+                    "jnz 2b",
+                    "test {rest}, {rest}",
+                    "jz 3f",
+                    "mov {weights}, {rest}",
+                    "xor {rest:e}, {rest:e}",
+                    "mov {n_steps:e}, 1",
+                    "jmp 2b",
+                    "3:",
+                    "tilestored [{sums} + {row}], tmm0",
+                    "tilestored [{sums} + {row} + 64], tmm1",
+                    "tilestored [{below} + {row}], tmm2",
+                    "tilestored [{below} + {row} + 64], tmm3",
+                    upper = inout(reg) codes => _,
+                    lower = inout(reg) codes.add(TILE * stride) => _,
+                    stride = in(reg) stride,
+                    weights = inout(reg) steps.weights => _,
+                    rest = inout(reg) steps.rest => _,
+                    n_steps = inout(reg) steps.n_whole => _,
+                    ahead = inout(reg) ahead => _,
+                    line = in(reg) 4 * PANEL,
+                    sums = in(reg) sums,
+                    below = in(reg) sums.add(TILE * 2 * TILE),
+                    row = in(reg) 2 * TILE * size_of::<i32>(),
+                    go_on = in(reg) usize::from(go_on),
+                    options(nostack),
+                );
+            }
+        }
     };
 }
 
 square!(square);
+// Fetches the two lines of each group that a square of the weights ahead reads.
 square!(
     square_ahead,
     "prefetcht0 [{ahead} + 0]",
@@ -327,7 +329,8 @@ pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
                         if ahead.is_null() {
                             square(codes, gemm.stride, chunk, step > 0, ahead, sums);
                         } else {
-                            square_ahead(codes, gemm.stride, chunk, step > 0, ahead.add(step * 4096), sums);
+                            let ahead = ahead.wrapping_add(step * STEP_GROUPS * 4 * PANEL);
+                            square_ahead(codes, gemm.stride, chunk, step > 0, ahead, sums);
                         }
                         if step + CHUNK >= n_whole {
                             put::<T, 2>(gemm, row, 0..2 * TILE, first, sums);
@@ -471,11 +474,7 @@ pub(super) static TABLE: Table = Table {
         tables: &[
             avx512::TABLE.attention.tables[0],
             avx512::TABLE.attention.tables[1],
-            AttentionTable {
-                scratch: attend::scratch,
-                attend: attend::attend,
-                ..avx512::TABLE.attention.tables[2]
-            },
+            AttentionTable { scratch: attend::scratch, attend: attend::attend, ..avx512::TABLE.attention.tables[2] },
         ],
         ..avx512::TABLE.attention
     },

@@ -283,13 +283,7 @@ impl KernelSet {
         self.quantize_with(block, 0..block.n_rows, ranges.as_ptr(), to);
     }
 
-    fn quantize_with(
-        &self,
-        block: Block<'_>,
-        rows: Range<usize>,
-        ranges: *const RowRange,
-        to: &mut CodeRowsMut<'_>,
-    ) {
+    fn quantize_with(&self, block: Block<'_>, rows: Range<usize>, ranges: *const RowRange, to: &mut CodeRowsMut<'_>) {
         block.check(&rows);
         to.check(rows.len(), block.n);
         let args = Quantize {
