@@ -4,6 +4,7 @@
 use niwaki::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
+use niwaki::kernels::forms::{GroupParts, LayerShape, PackedGroups, PackedMatrix};
 use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale, block_index, code_stride};
 use niwaki::kernels::{
     AttentionForm, Block, CodeRowsMut, Isa, IsaName, KernelSet, Nonlinearity, Norm, Reduction, f32_to_half,
@@ -617,6 +618,26 @@ fn integer_forms_agree_between_instruction_sets() {
     }
 }
 
+/// Hidden slots weigh nothing for a query that is nothing itself, nor among keys that are nothing.
+#[test]
+fn a_zero_query_sees_its_keys_alike_and_no_others() {
+    let heads = Heads { n_heads: 2, d_head: 32 };
+    for (third, len) in [(0, 17), (1, 17), (0, 40), (0, 90)] {
+        let mut problem = Heading::full(7, heads, len, 1.0);
+        let n_rows = problem.first_row + len;
+        for row in 0..n_rows {
+            for column in third * heads.d_context()..(third + 1) * heads.d_context() {
+                problem.qkv[block_index(n_rows, row, column)] = 0;
+            }
+        }
+        let expected = problem.expected();
+        for (attention, bound) in attentions(heads) {
+            let error = relative_error(&problem.run(&attention, 48), &expected);
+            assert!(error < bound, "{attention:?}, third {third}, {len} tokens: {error:e}");
+        }
+    }
+}
+
 /// AMX multiplies integers where AVX-512 does, and all else is the same: so is every bit.
 #[test]
 fn the_matrix_unit_gives_the_bits_of_avx512() {
@@ -625,7 +646,7 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
         println!("skipped: this machine has no AMX");
         return;
     };
-    for (n, k) in [(64, 64), (65, 100), (128, 352), (192, 384), (64, 1536)] {
+    for (n, k) in [(64, 64), (65, 100), (128, 352), (192, 384), (64, 400), (70, 1000), (64, 1536)] {
         for m in [1, 15, 16, 17, 31, 32, 33, 48, 50, 64, 79, 96] {
             let problem = Product::new(m as u64, m, n, k, false);
             let (packed, (rows, stride)) = (problem.packed(), problem.rows());
@@ -641,6 +662,27 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
                     });
                     assert!(a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()), "{m}x{n}x{k}, panel {panel}");
                 }
+            }
+        }
+    }
+    for (n_in, group) in [(64, 64), (192, 64), (256, 128), (192, 32), (200, 64)] {
+        for m in [1, 16, 31, 33, 64, 80] {
+            let problem = Product::new(m as u64, m, 100, n_in, false);
+            let n_groups = n_in.div_ceil(group);
+            let scale = floats(&mut rng(3), 100 * n_groups, 0.01);
+            let parts = GroupParts { codes: &problem.weights, scale: &scale, offset: None, group };
+            let packed = PackedGroups::new(parts, LayerShape { bias: &problem.bias, n_in });
+            let packed = PackedMatrix::Groups(packed);
+            let (rows, stride) = problem.rows();
+            let x = CodeRows { codes: &rows, stride, scales: &problem.scales };
+            for panel in 0..packed.n_panels() {
+                let [a, b] = [&amx, &avx512].map(|set| {
+                    let (mut out, mut halves) = (vec![f32::NAN; m * PANEL], vec![0; m * PANEL]);
+                    set.product_f32(&x, &packed, panel, &mut out);
+                    set.product_half(&x, &packed, panel, &mut halves);
+                    (out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), halves)
+                });
+                assert!(a == b, "{m} rows of {n_in} in groups of {group}, panel {panel}");
             }
         }
     }

@@ -159,7 +159,7 @@ pub struct CodeRows<'a> {
 }
 
 impl CodeRows<'_> {
-    /// Whether each row is there up to the end of a line of 64 codes.
+    /// Whether each row is there up to a multiple of 64 codes.
     pub(super) fn has_whole_lines(&self) -> bool {
         self.stride.is_multiple_of(64) && self.codes.len() >= self.scales.len() * self.stride
     }

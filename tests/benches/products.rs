@@ -17,7 +17,7 @@ use niwaki::quant::{BlockSparse, Codebook4, Weight, pack_matrix, quantize_rows_a
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// Rows that are computed together, as the player does.
+/// Rows that are computed together, as the player does on most instruction sets.
 const BLOCK_ROWS: usize = 48;
 /// `(n_in, n_out)`: the two products of the FFN of all-MiniLM-L6-v2.
 const SHAPES: [(usize, usize); 2] = [(384, 1536), (1536, 384)];

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! So both operands are read in the layout that VNNI reads. The compiler knows neither the tiles nor their instructions (the
-//! intrinsics are not stable): they stand in blocks of assembly, each of which begins with empty sums and ends with the sums in
-//! memory, so that nothing but the shape of the tiles outlives a block.
+//! intrinsics are not stable): they stand in blocks of assembly, each of which takes its sums from memory or begins without, and
+//! ends with them in memory, so that nothing but the shape of the tiles outlives a block.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
 use std::arch::asm;
@@ -39,6 +39,7 @@ const STEP_GROUPS: usize = 16;
 const CHUNK: usize = 6;
 /// Squares that a chunk is computed for.
 const SQUARES: usize = 2;
+const _: () = assert!(SQUARES * 2 * TILE <= crate::kernels::KernelSet::MOST_BLOCK_ROWS);
 
 /// What `ldtilecfg` reads: palette 1, eight tiles of 16 rows by 64 bytes.
 #[repr(C, align(64))]
@@ -56,17 +57,34 @@ static SHAPES: Shapes = {
     Shapes(shapes)
 };
 
+/// Assembly that changes tiles, and no stack.
+macro_rules! on_tiles {
+    ($($part:tt)*) => {
+        std::arch::asm!(
+            $($part)*
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+pub(super) use on_tiles;
+
 thread_local! {
     /// Whether this thread's tiles have their shape. It is part of the thread's state like any register, and nobody else in
-    /// the process uses tiles.
+    /// the process uses tiles: candle has such kernels for GGUF matrices (`quantized::QMatMul`), which are not read here.
     static SHAPED: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Gives this thread's tiles their shape.
+///
+/// # Safety
+/// AMX must be there, and the system allow it (`detect`): an [`Isa`](crate::kernels::Isa) of that name is the proof.
 #[inline]
-pub(super) fn shape_tiles() {
+pub(super) unsafe fn shape_tiles() {
     SHAPED.with(|shaped| {
         if !shaped.replace(true) {
-            // SAFETY: AMX is there, and the system has allowed it (`detect`): an `Isa` of that name is the proof.
+            // SAFETY: as the contract says.
             unsafe { asm!("ldtilecfg [{}]", in(reg) SHAPES.0.as_ptr(), options(nostack, preserves_flags, readonly)) }
         }
     });
@@ -118,7 +136,7 @@ macro_rules! square {
             let sums: *mut i32 = sums.0.as_mut_ptr().cast();
             // SAFETY: as the contract says; the assembly writes the 1,024 sums only.
             unsafe {
-                asm!(
+                on_tiles!(
                     "test {go_on}, {go_on}",
                     "jz 4f",
                     "tileloadd tmm0, [{sums} + {row}]",
@@ -170,7 +188,6 @@ macro_rules! square {
                     below = in(reg) sums.add(TILE * 2 * TILE),
                     row = in(reg) 2 * TILE * size_of::<i32>(),
                     go_on = in(reg) usize::from(go_on),
-                    options(nostack),
                 );
             }
         }
@@ -218,12 +235,12 @@ square!(
 /// The same for 16 rows and the 64 columns of a panel, rows 64 apart.
 ///
 /// # Safety
-/// As for [`square`], with 16 rows.
+/// As for a square, with 16 rows.
 #[inline]
 unsafe fn strip(codes: *const u8, stride: usize, steps: Steps, sums: &mut Sums) {
     // SAFETY: as for `square`.
     unsafe {
-        asm!(
+        on_tiles!(
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
@@ -261,7 +278,6 @@ unsafe fn strip(codes: *const u8, stride: usize, steps: Steps, sums: &mut Sums) 
             // A row of sums is as long as a line of weights.
             line = in(reg) 4 * PANEL,
             sums = in(reg) sums.0.as_mut_ptr().cast::<i32>(),
-            options(nostack),
         );
     }
 }
@@ -297,7 +313,8 @@ pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
         // SAFETY: passed on unchanged.
         return unsafe { avx512::gemm(gemm) };
     }
-    shape_tiles();
+    // SAFETY: an `Isa` of this name is the proof.
+    unsafe { shape_tiles() };
     let mut steps = Steps { weights: gemm.weights, n_whole, rest: std::ptr::null() };
     let mut filled;
     if n_rest > 0 {
@@ -406,7 +423,8 @@ pub(super) unsafe fn groups<T: ValueSink>(args: &Groups<T>) {
         // SAFETY: passed on unchanged.
         return unsafe { any::in_groups(args) };
     }
-    shape_tiles();
+    // SAFETY: as in `gemm`.
+    unsafe { shape_tiles() };
     let steps = |group: usize| Steps {
         weights: gemm.weights.wrapping_add(group * args.group * PANEL),
         n_whole: args.group / (4 * STEP_GROUPS),
@@ -444,11 +462,14 @@ pub(super) unsafe fn groups<T: ValueSink>(args: &Groups<T>) {
 }
 
 /// Multiply-accumulates of `rounds` rounds of `tdpbusd` on tiles that are there; for [`peak`](super::peak).
-pub(super) fn burn(rounds: u64) -> u64 {
-    shape_tiles();
-    // SAFETY: AMX is usable and the tiles are shaped; memory is not touched.
+///
+/// # Safety
+/// As for [`shape_tiles`].
+pub(super) unsafe fn burn(rounds: u64) -> u64 {
+    // SAFETY: AMX is usable by contract; memory is not touched.
     unsafe {
-        asm!(
+        shape_tiles();
+        on_tiles!(
             "2:",
             "tdpbusd tmm0, tmm4, tmm6",
             "tdpbusd tmm1, tmm4, tmm7",
@@ -457,7 +478,6 @@ pub(super) fn burn(rounds: u64) -> u64 {
             "dec {rounds}",
             "jnz 2b",
             rounds = inout(reg) rounds.max(1) => _,
-            options(nostack, nomem),
         );
     }
     rounds.max(1) * 4 * (TILE * TILE * 4 * STEP_GROUPS) as u64

@@ -207,6 +207,10 @@ unsafe fn soften<P: Products>(scores: *mut f32, width: usize, scale: f32) -> f32
     }
 }
 
+/// Least that the largest of a query's numbers counts as. It lies below every product of two numbers of binary16, one of them
+/// divided by 2,047, and is large enough for a hidden slot's score to be far below the others in the unit of that query.
+const LEAST_QUERY: f32 = 1e-20;
+
 /// What a product of a query with a key is multiplied with to become an exponent of 2.
 #[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]
 fn exponent_unit(heads: Heads) -> f32 {
@@ -229,7 +233,7 @@ unsafe fn code_query<P: Products>(columns: &Columns<'_>, position: usize, steps:
             }
             return 1.0;
         }
-        let mut largest = P::S::splat(f32::MIN_POSITIVE * 1e6);
+        let mut largest = P::S::splat(LEAST_QUERY);
         for j in (0..d).step_by(lanes) {
             let x = P::S::mul(columns.read::<P::S>(position, j), P::S::load(steps.add(j)));
             largest = P::S::max(largest, P::S::max(x, P::S::sub(P::S::splat(0.0), x)));

@@ -9,7 +9,7 @@ pub(super) struct Gemm<T> {
     /// `[n_rows, stride]`.
     pub(super) codes: *const u8,
     pub(super) stride: usize,
-    /// Whether rows may be read to the end of the cache line that their last code stands in.
+    /// Whether rows may be read to the multiple of 64 codes that their last code lies below.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AMX alone reads on"))]
     pub(super) whole_lines: bool,
     pub(super) scales: *const RowScale,

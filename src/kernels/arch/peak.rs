@@ -13,8 +13,9 @@ use crate::kernels::IsaName;
 #[cfg(target_arch = "x86_64")]
 pub(in crate::kernels) fn burn(isa: Isa, rounds: u64) -> Option<u64> {
     match isa.name() {
-        IsaName::AmxInt8 => Some(super::amx::burn(rounds)),
         // SAFETY: holding an `Isa` is the proof that the machine has it.
+        IsaName::AmxInt8 => Some(unsafe { super::amx::burn(rounds) }),
+        // SAFETY: as above.
         IsaName::Avx512Vnni => Some(unsafe { avx512_vnni(rounds) }),
         // SAFETY: as above.
         IsaName::AvxVnni => Some(unsafe { avx_vnni(rounds) }),

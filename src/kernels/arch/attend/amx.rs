@@ -8,16 +8,15 @@
 //! ```
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
-use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::super::amx::shape_tiles;
+use super::super::amx::{on_tiles, shape_tiles};
 use super::super::avx512::Avx512;
 use super::integers::{Vnni, exponent, weights};
 use super::pack::{Columns, Third};
 use super::products::{Bytes, Products as ProductsOf};
-use super::{Attend, CHUNK, exponent_unit, write_row};
+use super::{Attend, CHUNK, LEAST_QUERY, exponent_unit, write_row};
 use crate::kernels::attention::{AttentionForm, KEY_BLOCK, SlotRange};
 
 /// Queries, keys and dimensions of a tile of sums.
@@ -89,7 +88,7 @@ unsafe fn score<const N: usize>(
     // SAFETY: as the contract says; the assembly writes N tiles of scores.
     unsafe {
         if N == 4 {
-            asm!(
+            on_tiles!(
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
@@ -125,10 +124,9 @@ unsafe fn score<const N: usize>(
                 n_steps = inout(reg) n_steps => _,
                 to = in(reg) to,
                 stride = in(reg) stride,
-                options(nostack),
             );
         } else {
-            asm!(
+            on_tiles!(
                 "tilezero tmm0",
                 "2:",
                 "tileloadd tmm4, [{queries} + {query_stride}]",
@@ -146,7 +144,6 @@ unsafe fn score<const N: usize>(
                 n_steps = inout(reg) n_steps => _,
                 to = in(reg) to,
                 stride = in(reg) stride,
-                options(nostack),
             );
         }
     }
@@ -178,7 +175,7 @@ unsafe fn add_up(weights: *const u8, stride: usize, values: Values, sums: &mut S
     }
     // SAFETY: as the contract says; the assembly writes the 512 sums.
     unsafe {
-        asm!(
+        on_tiles!(
             "tilezero tmm0",
             "tilezero tmm1",
             "2:",
@@ -209,7 +206,6 @@ unsafe fn add_up(weights: *const u8, stride: usize, values: Values, sums: &mut S
             rest = inout(reg) rest => _,
             sums = in(reg) sums.0.as_mut_ptr().cast::<i32>(),
             row = in(reg) PAIR * size_of::<i32>(),
-            options(nostack),
         );
     }
 }
@@ -273,7 +269,7 @@ unsafe fn code_queries(
         let mut largest = [_mm512_setzero_si512(); TILE];
         let mut scaled = [const { MaybeUninit::<__m512>::uninit() }; TILE * MAX_D / TILE];
         for q in 0..size {
-            let mut most = _mm512_set1_ps(f32::MIN_POSITIVE * 1e6);
+            let mut most = _mm512_set1_ps(LEAST_QUERY);
             for v in 0..d / TILE {
                 let x = columns.read::<Avx512>(position + q, v * TILE);
                 let x = _mm512_mul_ps(x, _mm512_loadu_ps(steps.add(v * TILE)));
@@ -382,7 +378,8 @@ pub(in crate::kernels::arch) unsafe fn attend(args: &Attend<'_>) {
         // SAFETY: passed on unchanged.
         return unsafe { super::attend::<Products, 8, 2, 1>(args) };
     };
-    shape_tiles();
+    // SAFETY: an `Isa` of this name is the proof.
+    unsafe { shape_tiles() };
     let head = &args.head;
     let d = head.heads.d_padded();
     let room = Room::new(n_keys, d);
