@@ -123,7 +123,7 @@ def main():
     parser.add_argument("--threads", type=int, help="that compute (default: one is left for the clients)")
     parser.add_argument("--readings", type=argparse.FileType("w"), help="where to write the resident memory down, every two seconds")
     options = parser.parse_args()
-    # Looking for cycles among a million answers would hold the clients up for so long that what is due meanwhile overflows the queue.
+    # Looking for cycles among a million answers may hold the clients up until what is due meanwhile overflows the queue.
     gc.disable()
     # A short run is over before a minute in which the machine is slower is evened out, so it has a second attempt.
     attempts = 1 if options.minutes >= 15 else 2

@@ -19,8 +19,8 @@ pub struct PruneBlocks {
     pub group: Group,
     /// Share of the blocks of each matrix that stays.
     pub density: f64,
-    /// Output channels of a block, 64 or 32. Left out, each matrix has what its kernel is faster with at half density
-    /// (`cargo bench --bench products -- --ratios 4096`): 32 where it has more outputs than inputs, else 64.
+    /// Output channels of a block, 64 or 32. Left out, it is 32 for a matrix with more outputs than inputs, else 64: what was
+    /// faster at half density on Zen 4. On Granite Rapids 64 is for both (`cargo bench --bench products -- --ratios 4096`).
     pub width: Option<usize>,
     /// How blocks are chosen.
     pub score: Score,
