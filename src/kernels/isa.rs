@@ -107,12 +107,6 @@ impl Isa {
     pub fn name(self) -> IsaName {
         self.0
     }
-
-    /// Whether 16-bit floating point arithmetic (AVX512-FP16) is there besides.
-    #[must_use]
-    pub fn has_half_arithmetic(self) -> bool {
-        matches!(self.0, IsaName::AmxInt8 | IsaName::Avx512Vnni) && detect::has_avx512_fp16()
-    }
 }
 
 impl fmt::Display for Isa {

@@ -58,11 +58,3 @@ fn ask_for_tiles() -> bool {
 fn ask_for_tiles() -> bool {
     false
 }
-
-/// Whether AVX512-FP16 is there.
-pub(in crate::kernels) fn has_avx512_fp16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512fp16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
