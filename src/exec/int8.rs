@@ -454,7 +454,7 @@ impl Ops for Int8 {
         let (n_seqs, n) = (batch.n_seqs(), x.n);
         let mut out = self.workspace.take::<f32>(n_seqs * n);
         let Self { kernels, cores, seat, .. } = self;
-        let seat = seat.take().unwrap_or_else(|| cores.enter());
+        let mut seat = seat.take().unwrap_or_else(|| cores.enter());
         let parts = RowParts::new(&mut out, n, Cut::Even { n_rows: n_seqs, block: 1 });
         seat.for_each(&parts, |_, index, out: &mut [f32]| {
             let range = batch.rows(index);

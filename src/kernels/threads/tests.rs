@@ -1,4 +1,6 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use super::*;
 
@@ -10,7 +12,7 @@ fn cores(n: usize) -> Arc<Cores> {
 fn every_part_runs_once_for_every_size() {
     for n_cores in [1, 2, 3, 5] {
         let cores = cores(n_cores);
-        let seat = cores.enter();
+        let mut seat = cores.enter();
         for n_parts in (0..40).chain([1000]) {
             let counts: Vec<AtomicUsize> = (0..n_parts).map(|_| AtomicUsize::new(0)).collect();
             seat.run(n_parts, &|lane, part| {
@@ -25,7 +27,7 @@ fn every_part_runs_once_for_every_size() {
 #[test]
 fn a_lone_player_gets_help_after_parking_too() {
     let cores = cores(2);
-    let seat = cores.enter();
+    let mut seat = cores.enter();
     for pause in [0, 1, 20] {
         thread::sleep(Duration::from_millis(pause));
         // Each part waits for the other: this ends only if two threads run at once.
@@ -39,7 +41,7 @@ fn a_lone_player_gets_help_after_parking_too() {
 #[test]
 fn lanes_are_never_shared() {
     let cores = cores(4);
-    let seat = cores.enter();
+    let mut seat = cores.enter();
     for _ in 0..200 {
         let busy: Vec<AtomicBool> = (0..4).map(|_| AtomicBool::new(false)).collect();
         seat.run(64, &|lane, _| {
@@ -62,7 +64,7 @@ fn never_more_threads_compute_than_there_are_cores() {
                 let (cores, inside, most, parts_run) = (&cores, &inside, &most, &parts_run);
                 scope.spawn(move || {
                     for round in 0..300 {
-                        let seat = cores.enter();
+                        let mut seat = cores.enter();
                         for n_parts in [1, 7, (round + player) % 5] {
                             seat.run(n_parts, &|_, _| {
                                 most.fetch_max(inside.fetch_add(1, SeqCst) + 1, SeqCst);
@@ -88,7 +90,7 @@ fn never_more_threads_compute_than_there_are_cores() {
 #[test]
 fn helpers_are_given_back_when_somebody_waits() {
     let cores = cores(2);
-    let seat = cores.enter();
+    let mut seat = cores.enter();
     let entered = AtomicBool::new(false);
     thread::scope(|scope| {
         seat.run(2, &|_, _| thread::sleep(Duration::from_millis(1)));
@@ -108,7 +110,7 @@ fn helpers_are_given_back_when_somebody_waits() {
 #[test]
 fn a_panic_in_a_part_reaches_the_player_and_harms_nothing() {
     let cores = cores(3);
-    let seat = cores.enter();
+    let mut seat = cores.enter();
     for victim in 0..8 {
         let result = catch_unwind(AssertUnwindSafe(|| {
             seat.run(8, &|_, part| assert!(part != victim, "part {part}"));
@@ -128,7 +130,7 @@ fn a_panic_in_a_part_reaches_the_player_and_harms_nothing() {
 fn dropping_ends_the_helpers_in_every_state() {
     for pause in [0, 0, 0, 1, 3] {
         let cores = cores(4);
-        let seat = cores.enter();
+        let mut seat = cores.enter();
         seat.run(8, &|_, _| {});
         drop(seat);
         thread::sleep(Duration::from_millis(pause));
@@ -139,7 +141,7 @@ fn dropping_ends_the_helpers_in_every_state() {
 #[test]
 fn parts_are_disjoint_and_complete() {
     let cores = cores(3);
-    let seat = cores.enter();
+    let mut seat = cores.enter();
     let bounds = [0, 3, 3, 4, 9];
     let mut rows = vec![0u32; 9 * 4];
     let mut panels = vec![0u32; 2 * 9 * 8];
