@@ -503,7 +503,24 @@ impl Heading {
             let queries = Queries { first, keys, step: self.step };
             let mut result = vec![f32::NAN; n.div_ceil(PANEL) * keys.len() * PANEL];
             let mut scratch = vec![f32::NAN; attention.scratch(self.heads, keys)];
-            attention.attend(&sequence, queries, &packed, &mut scratch, &mut result);
+            attention.attend(&sequence, 0..self.heads.n_heads, queries, &packed, &mut scratch, &mut result);
+            // Heads computed apart give the same numbers, from their own first column on.
+            for first_head in (0..self.heads.n_heads).step_by(self.heads.panel_grain()) {
+                let run = first_head..(first_head + self.heads.panel_grain()).min(self.heads.n_heads);
+                let packed = &packed[run.start * lines..run.end * lines];
+                let columns = run.start * self.heads.d_head..run.end * self.heads.d_head;
+                let mut apart = vec![f32::NAN; columns.len().div_ceil(PANEL) * keys.len() * PANEL];
+                attention.attend(&sequence, run, queries, packed, &mut scratch, &mut apart);
+                for row in 0..keys.len() {
+                    for column in columns.clone() {
+                        let (whole, part) = (
+                            block_index(keys.len(), row, column),
+                            block_index(keys.len(), row, column - columns.start),
+                        );
+                        assert_eq!(result[whole].to_bits(), apart[part].to_bits(), "row {row}, column {column}");
+                    }
+                }
+            }
             for row in 0..keys.len() {
                 out.extend((0..n).map(|column| result[block_index(keys.len(), row, column)]));
             }

@@ -210,6 +210,13 @@ impl Heads {
         self.d_head.next_multiple_of(HEAD_GRAIN)
     }
 
+    /// Heads that take whole panels together.
+    #[must_use]
+    pub fn panel_grain(&self) -> usize {
+        // `PANEL` is a power of two.
+        PANEL >> self.d_head.trailing_zeros().min(PANEL.trailing_zeros())
+    }
+
     /// Panels of `qkv`.
     #[must_use]
     pub fn qkv_panels(&self) -> usize {
@@ -255,6 +262,15 @@ pub struct Queries<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whole_panels_are_the_fewest_heads() {
+        for d_head in 1..200 {
+            let heads = Heads { n_heads: 1, d_head };
+            let fewest = (1..).find(|n| (n * d_head).is_multiple_of(PANEL)).unwrap();
+            assert_eq!(heads.panel_grain(), fewest, "{d_head}");
+        }
+    }
 
     #[test]
     fn slots_stand_for_the_keys_of_their_part() {

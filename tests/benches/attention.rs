@@ -61,7 +61,14 @@ impl Layer {
         }
         for (index, keys) in self.keys.chunks(BLOCK).enumerate() {
             let queries = Queries { first: index * BLOCK, keys, step: 1 };
-            attention.attend(&sequence, queries, &self.packed, &mut self.scratch, &mut self.out);
+            attention.attend(
+                &sequence,
+                0..sequence.heads.n_heads,
+                queries,
+                &self.packed,
+                &mut self.scratch,
+                &mut self.out,
+            );
             black_box(&self.out);
         }
     }

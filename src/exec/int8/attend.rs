@@ -1,8 +1,12 @@
 //! The verb `attend` of the INT8 player: a group's attention cut into parts, packed, and computed.
+//!
+//! Blocks of queries are the parts, after a loop in which every head of every sequence is packed; with few rows heads are,
+//! each packed and computed by the same thread, because tiles of queries would be half empty otherwise.
 
-use std::sync::PoisonError;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{BLOCK_ROWS, Form, Int8, Int8Act, Int8Error, Lane, WorkspaceLimits};
+use super::{Aligned, BLOCK_ROWS, COLUMN_SPLIT_ROWS, Form, Int8, Int8Act, Int8Error, Lane, WorkspaceLimits};
 use crate::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
@@ -15,9 +19,11 @@ use crate::model::{AttentionSpec, Band, GROUP_GRAIN, ModelError, Ragged};
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     sequences: Vec<Sequence>,
-    /// `(sequence, head)` and where its packed lines start.
-    heads: Vec<(usize, usize)>,
+    /// `(sequence, run of heads)`, packed by one thread, and where the packed lines start.
+    runs: Vec<(usize, Range<usize>)>,
     lines: Vec<usize>,
+    /// Rows of panels of results at which runs start, if they are computed by the same thread too.
+    results: Vec<usize>,
     /// `(sequence, first query)` and the rows at which blocks of queries start.
     queries: Vec<(usize, usize)>,
     rows: Vec<usize>,
@@ -31,9 +37,9 @@ struct Sequence {
     first_row: usize,
     len: usize,
     /// Its list among `Plan::listed`.
-    listed: std::ops::Range<usize>,
+    listed: Range<usize>,
     /// Its lines among the packed ones.
-    packed: std::ops::Range<usize>,
+    packed: Range<usize>,
 }
 
 /// Rows of a block of queries that make good tiles on every instruction set.
@@ -94,7 +100,7 @@ fn slots<'a>(band: Band, listed: &'a [u32]) -> KeySlots<'a> {
 fn query_keys(band: Band, slots: &KeySlots<'_>, position: usize, len: usize) -> QueryKeys {
     let seen = band.seen(position, len);
     let (listed, pooled) = (slots.listed_start(len), slots.pooled_start(len));
-    let from = |start: usize, range: &std::ops::Range<usize>| SlotRange::new(start + range.start, start + range.end);
+    let from = |start: usize, range: &Range<usize>| SlotRange::new(start + range.start, start + range.end);
     let mut keys = QueryKeys::default();
     keys.shared[0] = from(0, &seen.leading);
     keys.shared[1] = from(0, &seen.near);
@@ -122,27 +128,38 @@ impl Plan {
         let max_heads = limits.heads.iter().map(|(heads, _)| heads.n_heads).max().unwrap_or(0);
         Self {
             sequences: Vec::with_capacity(tokens),
-            heads: Vec::with_capacity(tokens * max_heads),
+            runs: Vec::with_capacity(tokens * max_heads),
             lines: Vec::with_capacity(tokens * max_heads + 1),
+            results: Vec::with_capacity(COLUMN_SPLIT_ROWS * max_heads + 1),
             queries: Vec::with_capacity(tokens),
             rows: Vec::with_capacity(tokens + 1),
             listed: Vec::with_capacity(most_listed(limits)),
         }
     }
 
-    /// Cuts the attention of a group into parts.
-    fn make(&mut self, kernels: &KernelSet, heads: Heads, band: Band, batch: &Ragged<'_>, n_cores: usize) {
+    /// Cuts the attention of a group into parts. With a size of `run`, runs of so many heads are packed and computed at once.
+    fn make(
+        &mut self,
+        kernels: &KernelSet,
+        heads: Heads,
+        band: Band,
+        batch: &Ragged<'_>,
+        run: Option<usize>,
+        n_cores: usize,
+    ) {
         self.sequences.clear();
-        self.heads.clear();
+        self.runs.clear();
         self.lines.clear();
+        self.results.clear();
         self.queries.clear();
         self.rows.clear();
         self.listed.clear();
         // A lone short text still has a part for every core.
-        let most = kernels.block_rows(usize::MAX);
+        let most = kernels.most_block_rows();
         let block = batch.n_tokens().div_ceil(2 * n_cores).next_multiple_of(QUERY_GRAIN).clamp(QUERY_GRAIN, most);
-        let mut end = 0;
+        let (mut end, mut results) = (0, 0);
         self.lines.push(0);
+        self.results.push(0);
         self.rows.push(0);
         for (sequence, rows) in batch.sequences().enumerate() {
             let len = rows.len();
@@ -152,10 +169,15 @@ impl Plan {
             let listed = first_listed..self.listed.len();
             let lines = attention.packed_lines(heads, &slots(band, &self.listed[listed.clone()]), len);
             let first_line = end;
-            for head in 0..heads.n_heads {
-                end += lines;
-                self.heads.push((sequence, head));
+            for head in (0..heads.n_heads).step_by(run.unwrap_or(1)) {
+                let of_run = head..(head + run.unwrap_or(1)).min(heads.n_heads);
+                end += lines * of_run.len();
                 self.lines.push(end);
+                if run.is_some() {
+                    results += (of_run.len() * heads.d_head).div_ceil(PANEL) * len;
+                    self.results.push(results);
+                }
+                self.runs.push((sequence, of_run));
             }
             self.sequences.push(Sequence { attention, first_row: rows.start, len, listed, packed: first_line..end });
             for first in (0..len).step_by(block) {
@@ -163,6 +185,66 @@ impl Plan {
                 self.rows.push(rows.start + (first + block).min(len));
             }
         }
+    }
+}
+
+/// Heads of a run if few rows are split by heads, so that each of `n_cores` threads has a run; they take whole panels of the
+/// results. None if that would leave one run.
+fn head_run(heads: Heads, n_cores: usize) -> Option<usize> {
+    let grain = heads.panel_grain();
+    let run = grain * heads.n_heads.div_ceil(grain).div_ceil(n_cores);
+    (run < heads.n_heads).then_some(run)
+}
+
+/// A layer's attention, for the threads that compute it.
+struct Layer<'a> {
+    heads: Heads,
+    band: Band,
+    qkv: HalfPanels<'a>,
+    plan: &'a Plan,
+    lanes: &'a [Mutex<Lane>],
+}
+
+impl<'a> Layer<'a> {
+    fn lane(&self, lane: usize) -> MutexGuard<'a, Lane> {
+        self.lanes[lane].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sequence(&self, Sequence { first_row, len, listed, .. }: &Sequence) -> SequenceHeads<'a> {
+        let slots = slots(self.band, &self.plan.listed[listed.clone()]);
+        SequenceHeads { qkv: self.qkv, heads: self.heads, first_row: *first_row, len: *len, slots }
+    }
+
+    /// Packs the heads of run `index`.
+    fn pack(&self, index: usize, packed: &mut [CacheLine], scratch: &mut Aligned) {
+        let (at, run) = &self.plan.runs[index];
+        let at = &self.plan.sequences[*at];
+        let scratch = scratch.first(at.attention.scratch_of_width(self.heads, 0));
+        let lines = packed.len() / run.len();
+        for (head, packed) in run.clone().zip(packed.chunks_exact_mut(lines)) {
+            at.attention.pack_head(&self.sequence(at), head, packed, scratch);
+        }
+    }
+
+    /// Contexts of `n` queries of `at` from position `first` on, of the heads of `run`, which are in `packed`.
+    fn attend(
+        &self,
+        at: &Sequence,
+        run: Range<usize>,
+        (first, n): (usize, usize),
+        packed: &[CacheLine],
+        scratch: &mut Aligned,
+        out: &mut [f32],
+    ) {
+        let sequence = self.sequence(at);
+        let mut keys = [QueryKeys::default(); BLOCK_ROWS];
+        let keys = &mut keys[..n];
+        for (position, keys) in (first..).zip(keys.iter_mut()) {
+            *keys = query_keys(self.band, &sequence.slots, position, at.len);
+        }
+        let scratch = scratch.first(at.attention.scratch(self.heads, keys));
+        let queries = Queries { first, keys, step: self.band.query_step() };
+        at.attention.attend(&sequence, run, queries, packed, scratch, out);
     }
 }
 
@@ -182,45 +264,50 @@ impl Int8 {
             return self.refuse(Int8Error::Width { verb: "attend", expected: 3 * heads.d_context(), got: qkv.n });
         }
         let (n, band) = (heads.d_context(), spec.band);
+        let panel_columns = n.div_ceil(PANEL) * PANEL;
         let mut to = self.codes(qkv.n_rows, n);
         let stride = to.stride;
+        let few = self.splits_columns(qkv.n_rows);
         let Self { kernels, cores, seat, workspace, lanes, plan, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        plan.make(kernels, heads, band, batch, seat.n_cores());
+        let run = head_run(heads, seat.n_cores()).filter(|_| few);
+        plan.make(kernels, heads, band, batch, run, seat.n_cores());
         let plan = &*plan;
-        let qkv_panels = HalfPanels { data: half, n_rows: qkv.n_rows };
-        let sequence = |Sequence { first_row, len, listed, .. }: &Sequence| {
-            let slots = slots(band, &plan.listed[listed.clone()]);
-            SequenceHeads { qkv: qkv_panels, heads, first_row: *first_row, len: *len, slots }
-        };
+        let layer = Layer { heads, band, qkv: HalfPanels { data: half, n_rows: qkv.n_rows }, plan, lanes };
         let mut packed = workspace.take::<CacheLine>(plan.lines.last().copied().unwrap_or(0));
-        let parts = RowParts::new(&mut packed, 1, Cut::At(&plan.lines));
-        seat.for_each(&parts, |lane, index, packed: &mut [CacheLine]| {
-            let (at, head) = plan.heads[index];
-            let at = &plan.sequences[at];
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let scratch = lane.scratch.first(at.attention.scratch_of_width(heads, 0));
-            at.attention.pack_head(&sequence(at), head, packed, scratch);
-        });
+        let packs = RowParts::new(&mut packed, 1, Cut::At(&plan.lines));
+        let contexts = if run.is_some() {
+            let mut contexts = workspace.take::<f32>(qkv.n_rows * panel_columns);
+            let parts = (packs, RowParts::new(&mut contexts, PANEL, Cut::At(&plan.results)));
+            seat.for_each(&parts, |lane, index, (packed, out): (&mut [CacheLine], &mut [f32])| {
+                let mut lane = layer.lane(lane);
+                layer.pack(index, packed, &mut lane.scratch);
+                let (at, run) = &plan.runs[index];
+                let at = &plan.sequences[*at];
+                layer.attend(at, run.clone(), (0, at.len), packed, &mut lane.scratch, out);
+            });
+            Some(contexts)
+        } else {
+            seat.for_each(&packs, |lane, index, packed: &mut [CacheLine]| {
+                layer.pack(index, packed, &mut layer.lane(lane).scratch);
+            });
+            None
+        };
         let cut = Cut::At(&plan.rows);
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
         seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let (at, first) = plan.queries[index];
-            let at = &plan.sequences[at];
-            let sequence = sequence(at);
-            let n_rows = scales.len();
-            let mut keys = [QueryKeys::default(); BLOCK_ROWS];
-            let keys = &mut keys[..n_rows];
-            for (position, keys) in (first..).zip(keys.iter_mut()) {
-                *keys = query_keys(band, &sequence.slots, position, at.len);
-            }
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-            let Lane { block, scratch, .. } = &mut *lane;
-            let block = block.first::<f32>(n.div_ceil(PANEL) * n_rows * PANEL);
-            let scratch = scratch.first(at.attention.scratch(heads, keys));
-            let queries = Queries { first, keys, step: band.query_step() };
-            at.attention.attend(&sequence, queries, &packed[at.packed.clone()], scratch, block);
+            let (at, n_rows) = (&plan.sequences[at], scales.len());
             let mut to = CodeRowsMut { codes, stride, scales, range: *range };
+            if let Some(contexts) = &contexts {
+                let data = &contexts[at.first_row * panel_columns..];
+                kernels.quantize(Block { data, n_rows: at.len, n }, first..first + n_rows, &mut to);
+                return;
+            }
+            let mut lane = layer.lane(lane);
+            let Lane { block, scratch, .. } = &mut *lane;
+            let block = block.first::<f32>(n_rows * panel_columns);
+            layer.attend(at, 0..heads.n_heads, (first, n_rows), &packed[at.packed.clone()], scratch, block);
             kernels.quantize(Block { data: block, n_rows, n }, 0..n_rows, &mut to);
         });
         Ok(Int8Act { n_rows: qkv.n_rows, n, form: Form::Codes(to) })

@@ -48,6 +48,8 @@ pub(super) struct Head<'a> {
 /// A block of queries of one head.
 pub(super) struct Attend<'a> {
     head: Head<'a>,
+    /// The head whose columns the block begins with.
+    first_head: usize,
     first: usize,
     keys: &'a [QueryKeys],
     /// Whether all of them see the same.
@@ -55,7 +57,7 @@ pub(super) struct Attend<'a> {
     step: usize,
     packed: *const CacheLine,
     scratch: *mut f32,
-    /// Block in panels of `keys.len()` rows, all heads side by side.
+    /// Block in panels of `keys.len()` rows, heads side by side.
     out: *mut f32,
 }
 
@@ -261,7 +263,7 @@ unsafe fn write_row<S: Simd, const V: usize>(
     // SAFETY: `first + n` columns of `row` belong to the output block; whole vectors do not cross a panel.
     unsafe {
         let n_rows = args.keys.len();
-        let column = args.head.head * args.head.heads.d_head + first;
+        let column = (args.head.head - args.first_head) * args.head.heads.d_head + first;
         let at = |column: usize| args.out.add((column / PANEL * n_rows + row) * PANEL + column % PANEL);
         let factor = S::splat(factor);
         if column.is_multiple_of(16) && n == V * S::LANES {

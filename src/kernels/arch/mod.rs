@@ -162,6 +162,13 @@ impl KernelSet {
         self.table.block_rows[usize::from(n_in > FEW_INPUTS)]
     }
 
+    /// Most rows of a block, of products of any inputs.
+    #[must_use]
+    pub fn most_block_rows(&self) -> usize {
+        let [few, many] = self.table.block_rows;
+        few.max(many)
+    }
+
     /// Attention in `form`, if the instruction set has it.
     fn attention_in(&self, form: AttentionForm) -> Option<Attention> {
         let table = self.table.attention.tables.iter().find(|table| table.form == form)?;

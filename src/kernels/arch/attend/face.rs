@@ -1,5 +1,7 @@
 //! The safe face of attention: lengths are checked here once.
 
+use std::ops::Range;
+
 use super::table::AttentionTable;
 use super::tile::Tile;
 use super::{Attend, Head, QueryKeys};
@@ -79,13 +81,16 @@ impl Attention {
         unsafe { (self.table.pack)(&args, packed.as_mut_ptr(), scratch.as_mut_ptr()) }
     }
 
-    /// Attention of a block of queries of all heads over the packed heads; `out` is a block of as many rows.
+    /// Attention of a block of queries over packed heads, of which there are those of `run`; `out` is a block of as many rows,
+    /// its first column that of the first of these heads.
     ///
     /// # Panics
-    /// If the sizes do not fit, or a query sees a slot that there is not.
+    /// If the sizes do not fit, the first of the heads does not start a panel ([`Heads::panel_grain`]), or a query sees a slot that
+    /// there is not.
     pub fn attend(
         &self,
         sequence: &SequenceHeads<'_>,
+        run: Range<usize>,
         queries: Queries<'_>,
         packed: &[CacheLine],
         scratch: &mut [f32],
@@ -98,21 +103,23 @@ impl Attention {
         let n_slots = sequence.slots.n_slots(sequence.len);
         let lines = self.lines_of_slots(heads, n_slots);
         assert!(queries.first + n <= sequence.len && queries.step > 0, "{n} from {}", queries.first);
-        assert_eq!(packed.len(), lines * heads.n_heads);
-        assert!(out.len() >= heads.d_context().div_ceil(PANEL) * n * PANEL, "{} results", out.len());
+        assert!(run.end <= heads.n_heads && run.start.is_multiple_of(heads.panel_grain()), "{run:?} of {heads:?}");
+        assert_eq!(packed.len(), lines * run.len());
+        assert!(out.len() >= (run.len() * heads.d_head).div_ceil(PANEL) * n * PANEL, "{} results", out.len());
         assert!(scratch.len() >= self.scratch(heads, queries.keys), "{} floats of scratch", scratch.len());
         let inside = |range: &SlotRange| range.is_empty() || range.end as usize <= n_slots;
         let all_inside = |keys: &QueryKeys| keys.shared.iter().all(inside) && keys.own.iter().all(inside);
         assert!(queries.keys.iter().all(all_inside), "a slot beyond {n_slots}");
         let uniform = queries.keys.iter().all(|keys| *keys == queries.keys[0]);
-        for head in 0..heads.n_heads {
+        for (index, head) in run.clone().enumerate() {
             let args = Attend {
                 head: self.head(sequence, head),
+                first_head: run.start,
                 first: queries.first,
                 keys: queries.keys,
                 uniform,
                 step: queries.step,
-                packed: packed[head * lines..].as_ptr(),
+                packed: packed[index * lines..].as_ptr(),
                 scratch: scratch.as_mut_ptr(),
                 out: out.as_mut_ptr(),
             };
