@@ -221,6 +221,18 @@ unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
     }
 }
 
+/// Calls `$each::<S>($kind, ..)` so that each function has a loop of its own.
+macro_rules! by_kind {
+    ($kind:expr, $each:ident::<$simd:ident>($($arg:expr),*)) => {
+        match $kind {
+            Nonlinearity::Gelu => $each::<$simd>(Nonlinearity::Gelu, $($arg),*),
+            Nonlinearity::GeluTanh => $each::<$simd>(Nonlinearity::GeluTanh, $($arg),*),
+            Nonlinearity::Relu => $each::<$simd>(Nonlinearity::Relu, $($arg),*),
+            Nonlinearity::Tanh => $each::<$simd>(Nonlinearity::Tanh, $($arg),*),
+        }
+    };
+}
+
 #[inline(always)]
 unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
     // SAFETY: `values` is valid for `n` by contract.
@@ -283,26 +295,12 @@ pub(super) unsafe fn activate_rows<S: Simd>(
     ranges: *mut RowRange,
 ) {
     // SAFETY: passed on unchanged.
-    unsafe {
-        match kind {
-            Nonlinearity::Gelu => activate_rows_as::<S>(Nonlinearity::Gelu, values, n_rows, n, ranges),
-            Nonlinearity::GeluTanh => activate_rows_as::<S>(Nonlinearity::GeluTanh, values, n_rows, n, ranges),
-            Nonlinearity::Relu => activate_rows_as::<S>(Nonlinearity::Relu, values, n_rows, n, ranges),
-            Nonlinearity::Tanh => activate_rows_as::<S>(Nonlinearity::Tanh, values, n_rows, n, ranges),
-        }
-    }
+    unsafe { by_kind!(kind, activate_rows_as::<S>(values, n_rows, n, ranges)) }
 }
 
 /// `values[i] = f(values[i])` for `i < n`.
 #[inline(always)]
 pub(super) unsafe fn activate<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
-    // SAFETY: passed on unchanged. The match is outside of the loop so that each loop holds one function.
-    unsafe {
-        match kind {
-            Nonlinearity::Gelu => activate_as::<S>(Nonlinearity::Gelu, values, n),
-            Nonlinearity::GeluTanh => activate_as::<S>(Nonlinearity::GeluTanh, values, n),
-            Nonlinearity::Relu => activate_as::<S>(Nonlinearity::Relu, values, n),
-            Nonlinearity::Tanh => activate_as::<S>(Nonlinearity::Tanh, values, n),
-        }
-    }
+    // SAFETY: passed on unchanged.
+    unsafe { by_kind!(kind, activate_as::<S>(values, n)) }
 }

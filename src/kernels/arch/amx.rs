@@ -20,12 +20,13 @@ use std::ops::Range;
 use super::attend::amx as attend;
 use super::attend::table::{AttentionTable, Forms};
 use super::avx512::{self, Avx512};
-use super::codebook::{ValueSink, put_product};
 use super::gemm::{Gemm, Sink};
-use super::groups::Groups;
-use super::products::amx::any;
 use super::table::Table;
 use crate::kernels::layout::PANEL;
+
+mod groups;
+
+pub(super) use self::groups::groups;
 
 const _: () = assert!(<Avx512 as super::simd::Simd>::LANES == TILE);
 
@@ -69,6 +70,24 @@ macro_rules! on_tiles {
     };
 }
 pub(super) use on_tiles;
+
+/// The end of a loop "2" over the `n_steps` at `$from`: once more for the one at `rest`, unless that is null.
+macro_rules! and_rest {
+    ($from:literal) => {
+        concat!(
+            "test {rest}, {rest}\n",
+            "jz 3f\n",
+            "mov ",
+            $from,
+            ", {rest}\n",
+            "xor {rest:e}, {rest:e}\n",
+            "mov {n_steps:e}, 1\n",
+            "jmp 2b\n",
+            "3:",
+        )
+    };
+}
+pub(super) use and_rest;
 
 thread_local! {
     /// Whether this thread's tiles have their shape. It is part of the thread's state like any register, and nobody else in
@@ -165,13 +184,7 @@ macro_rules! square {
                     "add {ahead}, 4096",
                     "dec {n_steps}",
                     "jnz 2b",
-                    "test {rest}, {rest}",
-                    "jz 3f",
-                    "mov {weights}, {rest}",
-                    "xor {rest:e}, {rest:e}",
-                    "mov {n_steps:e}, 1",
-                    "jmp 2b",
-                    "3:",
+                    and_rest!("{weights}"),
                     "tilestored [{sums} + {row}], tmm0",
                     "tilestored [{sums} + {row} + 64], tmm1",
                     "tilestored [{below} + {row}], tmm2",
@@ -198,89 +211,73 @@ square!(square);
 // Fetches the two lines of each group that a square of the weights ahead reads.
 square!(
     square_ahead,
-    "prefetcht0 [{ahead} + 0]",
-    "prefetcht0 [{ahead} + 64]",
-    "prefetcht0 [{ahead} + 256]",
-    "prefetcht0 [{ahead} + 320]",
-    "prefetcht0 [{ahead} + 512]",
-    "prefetcht0 [{ahead} + 576]",
-    "prefetcht0 [{ahead} + 768]",
-    "prefetcht0 [{ahead} + 832]",
-    "prefetcht0 [{ahead} + 1024]",
-    "prefetcht0 [{ahead} + 1088]",
-    "prefetcht0 [{ahead} + 1280]",
-    "prefetcht0 [{ahead} + 1344]",
-    "prefetcht0 [{ahead} + 1536]",
-    "prefetcht0 [{ahead} + 1600]",
-    "prefetcht0 [{ahead} + 1792]",
-    "prefetcht0 [{ahead} + 1856]",
-    "prefetcht0 [{ahead} + 2048]",
-    "prefetcht0 [{ahead} + 2112]",
-    "prefetcht0 [{ahead} + 2304]",
-    "prefetcht0 [{ahead} + 2368]",
-    "prefetcht0 [{ahead} + 2560]",
-    "prefetcht0 [{ahead} + 2624]",
-    "prefetcht0 [{ahead} + 2816]",
-    "prefetcht0 [{ahead} + 2880]",
-    "prefetcht0 [{ahead} + 3072]",
-    "prefetcht0 [{ahead} + 3136]",
-    "prefetcht0 [{ahead} + 3328]",
-    "prefetcht0 [{ahead} + 3392]",
-    "prefetcht0 [{ahead} + 3584]",
-    "prefetcht0 [{ahead} + 3648]",
-    "prefetcht0 [{ahead} + 3840]",
-    "prefetcht0 [{ahead} + 3904]"
+    ".irp group, 0, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840",
+    "prefetcht0 [{ahead} + \\group]",
+    "prefetcht0 [{ahead} + \\group + 64]",
+    ".endr"
 );
 
-/// The same for 16 rows and the 64 columns of a panel, rows 64 apart.
-///
-/// # Safety
-/// As for a square, with 16 rows.
-#[inline]
-unsafe fn strip(codes: *const u8, stride: usize, steps: Steps, sums: &mut Sums) {
-    // SAFETY: as for `square`.
-    unsafe {
-        on_tiles!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{codes} + {stride}]",
-            "tileloadd tmm5, [{weights} + {line}]",
-            "tileloadd tmm6, [{weights} + {line} + 64]",
-            "tileloadd tmm7, [{weights} + {line} + 128]",
-            "tdpbusd tmm0, tmm4, tmm5",
-            "tileloadd tmm5, [{weights} + {line} + 192]",
-            "tdpbusd tmm1, tmm4, tmm6",
-            "tdpbusd tmm2, tmm4, tmm7",
-            "tdpbusd tmm3, tmm4, tmm5",
-            "add {codes}, 64",
-            "add {weights}, 4096",
-            "dec {n_steps}",
-            "jnz 2b",
-            "test {rest}, {rest}",
-            "jz 3f",
-            "mov {weights}, {rest}",
-            "xor {rest:e}, {rest:e}",
-            "mov {n_steps:e}, 1",
-            "jmp 2b",
-            "3:",
-            "tilestored [{sums} + {line}], tmm0",
-            "tilestored [{sums} + {line} + 64], tmm1",
-            "tilestored [{sums} + {line} + 128], tmm2",
-            "tilestored [{sums} + {line} + 192], tmm3",
-            codes = inout(reg) codes => _,
-            stride = in(reg) stride,
-            weights = inout(reg) steps.weights => _,
-            rest = inout(reg) steps.rest => _,
-            n_steps = inout(reg) steps.n_whole => _,
-            // A row of sums is as long as a line of weights.
-            line = in(reg) 4 * PANEL,
-            sums = in(reg) sums.0.as_mut_ptr().cast::<i32>(),
-        );
-    }
+/// A function that makes a strip of sums; each step executes `$fetch` besides.
+macro_rules! strip {
+    ($name:ident $(, $fetch:literal)*) => {
+        /// `sums[r, c]` as in a square, for 16 rows and the 64 columns of a panel, rows 64 apart.
+        ///
+        /// # Safety
+        /// As for a square, with 16 rows.
+        #[inline]
+        unsafe fn $name(codes: *const u8, stride: usize, steps: Steps, sums: &mut Sums) {
+            // SAFETY: as for `square`.
+            unsafe {
+                on_tiles!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "2:",
+                    "tileloadd tmm4, [{codes} + {stride}]",
+                    "tileloadd tmm5, [{weights} + {line}]",
+                    "tileloadd tmm6, [{weights} + {line} + 64]",
+                    "tileloadd tmm7, [{weights} + {line} + 128]",
+                    "tdpbusd tmm0, tmm4, tmm5",
+                    "tileloadd tmm5, [{weights} + {line} + 192]",
+                    "tdpbusd tmm1, tmm4, tmm6",
+                    "tdpbusd tmm2, tmm4, tmm7",
+                    $($fetch,)*
+                    "tdpbusd tmm3, tmm4, tmm5",
+                    "add {codes}, 64",
+                    "add {weights}, 4096",
+                    "dec {n_steps}",
+                    "jnz 2b",
+                    and_rest!("{weights}"),
+                    "tilestored [{sums} + {line}], tmm0",
+                    "tilestored [{sums} + {line} + 64], tmm1",
+                    "tilestored [{sums} + {line} + 128], tmm2",
+                    "tilestored [{sums} + {line} + 192], tmm3",
+                    codes = inout(reg) codes => _,
+                    stride = in(reg) stride,
+                    weights = inout(reg) steps.weights => _,
+                    rest = inout(reg) steps.rest => _,
+                    n_steps = inout(reg) steps.n_whole => _,
+                    // A row of sums is as long as a line of weights.
+                    line = in(reg) 4 * PANEL,
+                    sums = in(reg) sums.0.as_mut_ptr().cast::<i32>(),
+                );
+            }
+        }
+    };
 }
+
+strip!(strip);
+// Fetches the step behind, which at the end of a panel is the next one's first.
+strip!(
+    strip_ahead,
+    ".irp group, 0, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840",
+    "prefetcht0 [{weights} + 4096 + \\group]",
+    "prefetcht0 [{weights} + 4096 + \\group + 64]",
+    "prefetcht0 [{weights} + 4096 + \\group + 128]",
+    "prefetcht0 [{weights} + 4096 + \\group + 192]",
+    ".endr"
+);
 
 /// Hands rows `rows` of sums, `V` tiles side by side, to the sink: those of row `first + r` and of the columns from `column` on.
 ///
@@ -360,102 +357,13 @@ pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
         let mut row = whole;
         while row < gemm.n_rows {
             let start = row.min(gemm.n_rows - TILE);
-            strip(gemm.codes.add(start * gemm.stride), gemm.stride, steps, sums);
+            let codes = gemm.codes.add(start * gemm.stride);
+            if whole == 0 {
+                strip_ahead(codes, gemm.stride, steps, sums);
+            } else {
+                strip(codes, gemm.stride, steps, sums);
+            }
             put::<T, 4>(gemm, start, row - start..TILE, 0, sums);
-            row = start + TILE;
-        }
-    }
-}
-
-/// Sums that were scaled by group, as far as they have come.
-#[repr(C, align(64))]
-struct Values([f32; 4 * TILE * TILE]);
-
-/// Adds the sums of a group, `V` tiles side by side, to the values, each column's times its scale.
-///
-/// # Safety
-/// AVX-512 must be there; the sums must have been written, and `scales` hold the columns.
-#[inline(always)]
-unsafe fn add_scaled<const V: usize>(sums: &Sums, scales: *const f32, values: &mut Values) {
-    // SAFETY: as the contract says.
-    unsafe {
-        for v in 0..V {
-            let scale = _mm512_loadu_ps(scales.add(v * TILE));
-            for r in 0..4 * TILE / V {
-                let at = (r * V + v) * TILE;
-                let sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums.0.as_ptr().add(at).cast()));
-                let value = values.0.as_mut_ptr().add(at);
-                _mm512_store_ps(value, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(value)));
-            }
-        }
-    }
-}
-
-/// [`put`] of values.
-///
-/// # Safety
-/// As for [`put`].
-#[inline(always)]
-unsafe fn put_values<T: ValueSink, const V: usize>(
-    gemm: &Gemm<T>,
-    first: usize,
-    rows: Range<usize>,
-    column: usize,
-    values: &Values,
-) {
-    // SAFETY: as the contract says.
-    unsafe {
-        for r in rows {
-            for v in 0..V {
-                let value = _mm512_load_ps(values.0.as_ptr().add((r * V + v) * TILE));
-                put_product::<Avx512, T>(gemm, first + r, column + v * TILE, value, 0);
-            }
-        }
-    }
-}
-
-/// Scales per group of inputs, of whole steps and without offsets; other groups are AVX-512's.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-pub(super) unsafe fn groups<T: ValueSink>(args: &Groups<T>) {
-    let gemm = &args.gemm;
-    let whole_steps = args.group.is_multiple_of(4 * STEP_GROUPS) && args.n_in.is_multiple_of(args.group);
-    if gemm.n_rows < TILE || !whole_steps || !args.offsets.is_null() {
-        // SAFETY: passed on unchanged.
-        return unsafe { any::in_groups(args) };
-    }
-    // SAFETY: as in `gemm`.
-    unsafe { shape_tiles() };
-    let steps = |group: usize| Steps {
-        weights: gemm.weights.wrapping_add(group * args.group * PANEL),
-        n_whole: args.group / (4 * STEP_GROUPS),
-        rest: std::ptr::null(),
-    };
-    let n_groups = args.n_in / args.group;
-    let mut sums = Sums([const { MaybeUninit::uninit() }; 4 * TILE * TILE]);
-    let whole = gemm.n_rows / (2 * TILE) * (2 * TILE);
-    // SAFETY: as in `gemm`; there are `n_groups` scales.
-    unsafe {
-        for first in [0, 2 * TILE] {
-            for row in (0..whole).step_by(2 * TILE) {
-                let mut values = Values([0.0; 4 * TILE * TILE]);
-                for group in 0..n_groups {
-                    let codes = gemm.codes.add(row * gemm.stride + group * args.group);
-                    square(codes, gemm.stride, steps(group).from(first), false, std::ptr::null(), &mut sums);
-                    add_scaled::<2>(&sums, (*args.scales.add(group)).as_ptr().add(first), &mut values);
-                }
-                put_values::<T, 2>(gemm, row, 0..2 * TILE, first, &values);
-            }
-        }
-        let mut row = whole;
-        while row < gemm.n_rows {
-            let start = row.min(gemm.n_rows - TILE);
-            let mut values = Values([0.0; 4 * TILE * TILE]);
-            for group in 0..n_groups {
-                let codes = gemm.codes.add(start * gemm.stride + group * args.group);
-                strip(codes, gemm.stride, steps(group), &mut sums);
-                add_scaled::<4>(&sums, (*args.scales.add(group)).as_ptr(), &mut values);
-            }
-            put_values::<T, 4>(gemm, start, row - start..TILE, 0, &values);
             row = start + TILE;
         }
     }

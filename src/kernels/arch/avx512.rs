@@ -17,6 +17,23 @@ use crate::kernels::forms::PAIR;
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 
+/// Four vectors of dwords in two of words, saturated; the dwords of a vector come to lie in its four quarters.
+#[inline(always)]
+pub(super) unsafe fn words_of_dwords(x: [__m512i; 4]) -> [__m512i; 2] {
+    // SAFETY: AVX-512 BW, by contract.
+    unsafe { [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])] }
+}
+
+/// What [`words_of_dwords`] yields, in bytes, saturated, and in the order of the dwords again.
+#[inline(always)]
+pub(super) unsafe fn bytes_of_words(x: [__m512i; 2]) -> __m512i {
+    // SAFETY: AVX-512 BW, by contract.
+    unsafe {
+        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_permutexvar_epi32(order, _mm512_packus_epi16(x[0], x[1]))
+    }
+}
+
 // SAFETY: each function is one or a few instructions of AVX-512 F, BW, DQ and VL, which the contract demands.
 unsafe impl Simd for Avx512 {
     const LANES: usize = 16;
@@ -33,12 +50,8 @@ unsafe impl Simd for Avx512 {
             _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
         fn load_s8(from: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
         fn store_u8(to: *mut u8, x: __m512i) = _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x));
-        fn store_four_u8(to: *mut u8, x: [__m512i; 4]) = {
-            // Packing puts the four dwords of a vector into the four quarters of the result.
-            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            let bytes = _mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
-            _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi32(order, bytes));
-        };
+        fn store_four_u8(to: *mut u8, x: [__m512i; 4]) =
+            _mm512_storeu_si512(to.cast(), bytes_of_words(words_of_dwords(x)));
         fn store_int(to: *mut i32, x: __m512i) = _mm512_storeu_si512(to.cast(), x);
         fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
         fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);

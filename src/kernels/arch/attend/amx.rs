@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::super::amx::{on_tiles, shape_tiles};
+use super::super::amx::{and_rest, on_tiles, shape_tiles};
 use super::super::avx512::Avx512;
 use super::integers::{Vnni, exponent, weights};
 use super::pack::{Columns, Third};
@@ -188,13 +188,7 @@ unsafe fn add_up(weights: *const u8, stride: usize, values: Values, sums: &mut S
             "add {values}, {step}",
             "dec {n_steps}",
             "jnz 2b",
-            "test {rest}, {rest}",
-            "jz 3f",
-            "mov {values}, {rest}",
-            "xor {rest:e}, {rest:e}",
-            "mov {n_steps:e}, 1",
-            "jmp 2b",
-            "3:",
+            and_rest!("{values}"),
             "tilestored [{sums} + {row}], tmm0",
             "tilestored [{sums} + {row} + 64], tmm1",
             weights = inout(reg) weights => _,

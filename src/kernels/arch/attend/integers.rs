@@ -116,7 +116,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::super::super::avx2::Avx2;
-    use super::super::super::avx512::Avx512;
+    use super::super::super::avx512::{Avx512, bytes_of_words, words_of_dwords};
     use super::super::super::table::one;
     use super::{BYTE_WEIGHT_LOG2, Dot, Integers};
 
@@ -180,17 +180,14 @@ mod x86 {
         unsafe {
             let low = _mm512_loadu_si512(POWERS.as_ptr().cast());
             let high = _mm512_loadu_si512(POWERS.as_ptr().add(32).cast());
-            // Packing puts the four dwords of a vector into the four quarters of the result.
-            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            let x = exponents;
-            let mut halves = [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])];
+            let mut halves = words_of_dwords(exponents);
             for exponent in &mut halves {
                 let fraction = _mm512_permutex2var_epi16(low, *exponent, high);
                 let shift = _mm512_sub_epi16(_mm512_set1_epi16(14), _mm512_srai_epi16::<6>(*exponent));
                 // A shift by more than there is gives 0; the last bit is rounded.
                 *exponent = _mm512_avg_epu16(_mm512_srlv_epi16(fraction, shift), _mm512_setzero_si512());
             }
-            _mm512_permutexvar_epi32(order, _mm512_packus_epi16(halves[0], halves[1]))
+            bytes_of_words(halves)
         }
     }
 
