@@ -8,6 +8,7 @@ import asyncio
 import collections
 import itertools
 import json
+import os
 import pathlib
 import random
 import sys
@@ -18,7 +19,45 @@ sys.path.insert(0, str(root / "tests/clients"))
 
 ERROR_TYPES = {408: "Timeout", 429: "Overloaded", 503: "Unhealthy", 504: "Timeout"}
 OPENAI_TYPES = ("rate_limit_error", "server_error")
+# Connections without a request that a client keeps.
+POOL = 64
 ids = itertools.count()
+
+
+class Wall:
+    """Time as it passes."""
+
+    now = staticmethod(time.monotonic)
+
+
+class LentTime:
+    """Time as it passes on the processor from which the host of this machine takes most for others (`steal` in /proc/stat): while
+    the host keeps a third of it, the clock runs at two thirds of the speed."""
+
+    def __init__(self):
+        self.read = self.stolen()
+        self.at, self.passed, self.speed = time.monotonic(), 0.0, 1.0
+
+    @staticmethod
+    def stolen():
+        """Seconds that each processor was not there so far."""
+        with open("/proc/stat") as stat:
+            lines = [line.split() for line in stat if line.startswith("cpu") and line[3] != " "]
+        return [int(line[8]) / os.sysconf("SC_CLK_TCK") for line in lines]
+
+    def now(self):
+        return self.passed + (time.monotonic() - self.at) * self.speed
+
+    async def run(self):
+        """Keeps the speed; to be run beside those that ask for the time."""
+        while True:
+            await asyncio.sleep(0.25)
+            read, at = self.stolen(), time.monotonic()
+            took = at - self.at
+            lost = min(took, max(now - before for now, before in zip(read, self.read)))
+            # What was lost has been counted as if the speed had not changed, and time does not go back.
+            self.passed += took * self.speed
+            self.read, self.at, self.speed = read, at, max(0.02, 1 - lost / took)
 
 
 class Closed(Exception):
@@ -193,8 +232,8 @@ async def closed_loop(port, calls, n_clients, seconds, tally=None, stop=None):
     return tally
 
 
-async def open_loop(port, calls, rate, seconds, tally=None, seed=1):
-    """Requests that arrive at random moments, `rate` a second on average, whatever becomes of those before them. Latency
+async def open_loop(port, calls, rate, seconds, tally=None, seed=1, clock=Wall):
+    """Requests that arrive at random moments, `rate` a second of `clock` on average, whatever becomes of those before them. Latency
     counts from the moment that a request was due."""
     tally = tally or Tally()
     order, idle, tasks = random.Random(seed), [], set()
@@ -206,14 +245,20 @@ async def open_loop(port, calls, rate, seconds, tally=None, seed=1):
                 idle.pop()
             connection = idle.pop() if idle else await Connection.open(port)
             tally.note(call, request_id, due, await connection.ask(call.bytes(request_id)))
-            idle.append(connection)
+            if len(idle) < POOL:
+                idle.append(connection)
+            else:
+                connection.close()
         except (Closed, OSError, asyncio.TimeoutError) as error:
             tally.broken[repr(error)] += 1
 
-    due = begin = time.monotonic()
-    while (due := due + order.expovariate(rate)) < begin + seconds:
-        await asyncio.sleep(due - time.monotonic())
-        task = asyncio.create_task(one(due))
+    due, end = clock.now(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        due += order.expovariate(rate)
+        while (left := due - clock.now()) > 0:
+            await asyncio.sleep(left)
+        await asyncio.sleep(0)
+        task = asyncio.create_task(one(time.monotonic() + left))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     if tasks:
