@@ -1,6 +1,7 @@
 """Soak: mixed traffic at 90 % of what the server can do at any time, which is what it did in the slowest five seconds of a
-minute, in the time that the host of a virtual machine has left it. No error, the same latencies at the end as at the
-beginning, resident memory that grows by less than 2 % once it has settled, and metrics that count what the clients did.
+minute, or less if it does less: every 20 seconds it is asked for all that it can do for two. (The time is that which the host
+of a virtual machine has left it.) No error, the same latencies at the end as at the beginning, resident memory that grows by
+less than 2 % once it has settled, and metrics that count what the clients did.
 
     soak.py --minutes 30        as promised; the first five minutes settle
     soak.py                     a minute and a half, which is not enough for memory to settle: it is only bounded
@@ -42,14 +43,17 @@ def mixed():
     ]
 
 
+async def reached(port, calls, seconds, clock, tally=None):
+    """Answers a second of `clock` that closed loops get."""
+    tally = tally or Tally()
+    began, before = clock.now(), len(tally.latencies)
+    (await closed_loop(port, calls, 32, seconds, tally)).must_be_right()
+    return (len(tally.latencies) - before) / (clock.now() - began)
+
+
 async def capacity(port, calls, seconds, clock):
-    """Answers a second of `clock` that closed loops get, in the slowest five seconds."""
-    rates = []
-    for _ in range(max(1, int(seconds) // 5)):
-        began = clock.now()
-        tally = (await closed_loop(port, calls, 32, min(5, seconds))).must_be_right()
-        rates.append(len(tally.latencies) / (clock.now() - began))
-    rates.sort()
+    """The least of what is reached in five seconds."""
+    rates = sorted([await reached(port, calls, min(5, seconds), clock) for _ in range(max(1, int(seconds) // 5))])
     slowest = f", {rates[0]:.0f} in the slowest five seconds" if len(rates) > 1 else ""
     print(f"        {statistics.median(rates):.0f} requests/s with 32 clients{slowest}", flush=True)
     return rates[0]
@@ -84,13 +88,18 @@ async def run(options):
                 await asyncio.sleep(2)
 
         watching = asyncio.create_task(watch())
-        await open_loop(port, calls, rate, minutes * 60, tally, clock=clock)
+        slowest = rate
+        for part in range(max(1, round(minutes * 3))):
+            now = rate if options.rate else min(rate, 0.9 * await reached(port, calls, 2, clock, tally))
+            slowest = min(slowest, now)
+            left = began + (part + 1) * 20 - time.monotonic()
+            await open_loop(port, calls, now, max(1, left), tally, seed=part, clock=clock)
         lost = time.monotonic() - began - (clock.now() - lent)
         watching.cancel()
         keeping.cancel()
         tally.must_be_right()
         refused = sorted({int(when - began) for when in tally.refused})
-        lost_shown = f"the host kept {lost:.1f} s"
+        lost_shown = f"the host kept {lost:.1f} s; the lowest rate was {slowest:.0f} requests/s"
         assert set(tally.statuses()) == {200}, f"{tally.statuses()}; 429 in seconds {refused}; {lost_shown}"
         print(f"        {lost_shown}", flush=True)
         print(f"ok      {tally.of(200)} requests, every answer the one of an idle server", flush=True)
