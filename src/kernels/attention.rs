@@ -1,7 +1,7 @@
 //! Attention as data: heads, which keys a query sees, and where packed keys and values lie.
 //!
-//! The work of a layer falls into two loops. The first packs the keys and values of one head of one sequence; the
-//! second computes a block of queries of one sequence, all heads, over the packed keys that they see.
+//! The work of a layer falls into two steps. The first packs the keys and values of one head of one sequence; the
+//! second computes a block of queries of one sequence, all heads or a run of them, over the packed keys that they see.
 //!
 //! Keys are packed in *slots*. The order of the slots is chosen by the caller so that what a query sees is a few ranges
 //! of slots ([`QueryKeys`]): kernels know ranges, and nothing of the pattern behind them.

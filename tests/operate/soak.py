@@ -7,8 +7,8 @@ less than 2 % once it has settled, and metrics that count what the clients did.
     soak.py                     a minute and a half, which is not enough for memory to settle: it is only bounded
 
 The queue has room for some seconds of work instead of the default's half a second: at 90 % of the capacity, what piled up while
-a shared machine stood still goes away ten times as slowly as it came. A rush before the long run fills it once, so that memory
-has then been taken.
+a shared machine stood still goes away ten times as slowly as it came. A rush of a thousand clients goes before the long run,
+so that the memory of a long queue has then been taken.
 
 The last line is `N passed, N failed, N skipped`.
 """
@@ -90,10 +90,10 @@ async def run(options):
         watching = asyncio.create_task(watch())
         slowest = rate
         for part in range(max(1, round(minutes * 3))):
-            now = rate if options.rate else min(rate, 0.9 * await reached(port, calls, 2, clock, tally))
-            slowest = min(slowest, now)
+            current = rate if options.rate else min(rate, 0.9 * await reached(port, calls, 2, clock, tally))
+            slowest = min(slowest, current)
             left = began + (part + 1) * 20 - time.monotonic()
-            await open_loop(port, calls, now, max(1, left), tally, seed=part, clock=clock)
+            await open_loop(port, calls, current, max(1, left), tally, seed=part, now=clock.now)
         lost = time.monotonic() - began - (clock.now() - lent)
         watching.cancel()
         keeping.cancel()

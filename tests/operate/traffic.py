@@ -24,12 +24,6 @@ POOL = 64
 ids = itertools.count()
 
 
-class Wall:
-    """Time as it passes."""
-
-    now = staticmethod(time.monotonic)
-
-
 class LentTime:
     """Time as it passes on the processor from which the host of this machine takes most for others (`steal` in /proc/stat): while
     the host keeps a third of it, the clock runs at two thirds of the speed."""
@@ -232,9 +226,9 @@ async def closed_loop(port, calls, n_clients, seconds, tally=None, stop=None):
     return tally
 
 
-async def open_loop(port, calls, rate, seconds, tally=None, seed=1, clock=Wall):
-    """Requests that arrive at random moments, `rate` a second of `clock` on average, whatever becomes of those before them. Latency
-    counts from the moment that a request was due."""
+async def open_loop(port, calls, rate, seconds, tally=None, seed=1, now=time.monotonic):
+    """Requests that arrive at random moments, `rate` a second of the clock `now` on average, whatever becomes of those before them.
+    Latency counts from the moment that a request was due."""
     tally = tally or Tally()
     order, idle, tasks = random.Random(seed), [], set()
 
@@ -252,10 +246,10 @@ async def open_loop(port, calls, rate, seconds, tally=None, seed=1, clock=Wall):
         except (Closed, OSError, asyncio.TimeoutError) as error:
             tally.broken[repr(error)] += 1
 
-    due, end = clock.now(), time.monotonic() + seconds
+    due, end = now(), time.monotonic() + seconds
     while time.monotonic() < end:
         due += order.expovariate(rate)
-        while (left := due - clock.now()) > 0:
+        while (left := due - now()) > 0:
             await asyncio.sleep(left)
         await asyncio.sleep(0)
         task = asyncio.create_task(one(time.monotonic() + left))

@@ -8,8 +8,8 @@
 //! dismiss: READY ─▶ IDLE, ASLEEP ─▶ PARKED     (helper) tired: IDLE ─▶ PARKED, READY ─▶ ASLEEP
 //! ```
 //!
-//! A loop's way to a helper and back costs as many transfers of a cache line between two cores as both write to in turn, some
-//! 0.1 µs each. So a player keeps the helpers that it has claimed from loop to loop, state and task share one line, and a loop
+//! A loop's way to a helper and back costs a transfer of a cache line between two cores for every line that both write to in
+//! turn. So a player keeps the helpers that it has claimed from loop to loop, state and task share one line, and a loop
 //! that has a part for each thread touches no other.
 
 use std::any::Any;
