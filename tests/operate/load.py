@@ -11,14 +11,19 @@ import os
 import sys
 import time
 
-from traffic import Call, Tally, closed_loop, memory, metrics, open_loop, reconcile, settled
+from traffic import Call, LentTime, Tally, closed_loop, memory, metrics, open_loop, reconcile, settled
 from harness import Server
 
+SENTENCE = "A niwaki is a garden tree shaped by pruning, and it stays small because somebody comes back every year. "
 # Some 160 tokens: long enough that the clients' work, which grows with what they offer and may share the cores that
-# compute, does not decide.
-TEXT = "A niwaki is a garden tree shaped by pruning, and it stays small because somebody comes back every year. " * 6
-QUEUE = 32  # inputs that the server with arrivals takes at once: a queue that fills within seconds
-ATTEMPTS = 3
+# compute, does not decide. A processor that takes longer than this many seconds for them gets fewer, so that a thousand
+# clients do not run into the default deadline.
+SENTENCES, LONGEST = 6, 0.02
+# Seconds of work that the server with arrivals takes at once: random arrivals at 0.9 times the capacity need some room, and at
+# 1.5 times it this is full within two seconds.
+QUEUE = 0.75
+CLIENTS = 16  # that keep such a server busy
+ATTEMPTS = 5
 MEMORY = 160e6  # with the queue full: model, buffers of the largest batches, connections and bodies of 1,024 clients
 
 
@@ -46,29 +51,32 @@ async def concurrency(port, call, seconds, total):
     return best
 
 
-async def arrivals(port, call, capacity, seconds, deadline, total):
-    """Rates below and above capacity."""
+async def arrivals(port, call, capacity, clock, deadline, total):
+    """Rates below and above capacity, in the time that the host leaves this machine."""
+    seconds = 4 * QUEUE
 
     async def offered(rate):
-        began = time.monotonic()
-        tally = await open_loop(port, [call], rate, seconds)
+        began, lent = time.monotonic(), clock.now()
+        tally = await open_loop(port, [call], rate, seconds, now=clock.now)
         total.counts.update(tally.must_be_right().counts)
-        return tally, tally.of(200) / (time.monotonic() - began), began
+        return tally, tally.of(200) / (clock.now() - lent), began
 
     async def best():
-        tally = await closed_loop(port, [call], QUEUE // 2, seconds)
+        lent = clock.now()
+        tally = await closed_loop(port, [call], CLIENTS, seconds)
         total.counts.update(tally.must_be_right().counts)
-        return tally.of(200) / seconds
+        return tally.of(200) / (clock.now() - lent)
 
-    # Again if need be: another process on the machine only ever makes a server slower.
+    # Of what it could do right before, and again if need be: another process on the machine only ever makes a server slower.
     for share in (0.5, 0.9):
         for attempt in range(ATTEMPTS):
-            tally, done, began = await offered(share * capacity)
+            able = min(capacity, await best())
+            tally, done, began = await offered(share * able)
             if set(tally.statuses()) == {200}:
                 break
-            print(f"        {share} times: {tally.statuses()}", flush=True)
+            print(f"        {share} times {able:.0f} requests/s: {tally.statuses()}", flush=True)
         assert set(tally.statuses()) == {200}, f"{share} times the capacity: {tally.statuses()}"
-        checked(f"arrivals at {share} times the capacity ({done:.0f} of {capacity:.0f} requests/s)", tally, began)
+        checked(f"arrivals at {share} times the capacity ({done:.0f} of {able:.0f} requests/s)", tally, began)
     for share in (1.5, 3.0):
         # Against the best right before and after it.
         for attempt in range(ATTEMPTS):
@@ -88,13 +96,24 @@ async def arrivals(port, call, capacity, seconds, deadline, total):
     return 4
 
 
+async def chosen(port):
+    """The request that is sent, with as many sentences as this processor computes in time."""
+    call = Call("/embed", {"inputs": SENTENCE * SENTENCES})
+    await call.learn(port)
+    alone = (await closed_loop(port, [call], 1, 1)).percentile(0.5)
+    n = max(1, min(SENTENCES, int(SENTENCES * LONGEST / alone)))
+    print(f"        {n} sentences a request; {SENTENCES} take {alone * 1e3:.1f} ms alone", flush=True)
+    return Call("/embed", {"inputs": SENTENCE * n})
+
+
 async def run(arguments):
     threads = str(arguments.threads or max(1, os.cpu_count() - 1))
-    passed, call = 0, Call("/embed", {"inputs": TEXT})
+    passed = 0
     # First with time enough for a full queue; what it can do then tells what time is too short for one.
     server = Server(arguments.binary, "--threads", threads)
     port = int(server.url.rsplit(":", 1)[1])
     try:
+        call = await chosen(port)
         await call.learn(port)
         before, total = await metrics(port), Tally()
         capacity = arguments.capacity or await concurrency(port, call, arguments.seconds, total)
@@ -107,7 +126,10 @@ async def run(arguments):
     finally:
         server.stop()
     # A queue that is full before its last would wait for the deadline, then one that never is.
-    for name, places, deadline in (("queue", QUEUE, 2 * QUEUE / capacity), ("deadline", 4 * QUEUE, QUEUE / capacity)):
+    clock = LentTime()
+    keeping = asyncio.create_task(clock.run())
+    for name, depth, deadline in (("queue", QUEUE, 2 * QUEUE), ("deadline", 4 * QUEUE, QUEUE)):
+        places = max(2 * CLIENTS, int(depth * capacity))
         limits = ["--default-timeout-ms", str(int(deadline * 1e3)), "--max-concurrent-requests", str(places)]
         limits += ["--max-batch-tokens", "512", "--threads", threads]
         server = Server(arguments.binary, *limits)
@@ -115,9 +137,8 @@ async def run(arguments):
         try:
             await call.learn(port)
             before, total = await metrics(port), Tally()
-            print(f"        deadline {deadline:.2f} s: the {name} is what refuses")
-            # Long enough for the queue to fill at 1.5 times the capacity.
-            passed += await arrivals(port, call, capacity, max(arguments.seconds, 4 * QUEUE / capacity), deadline, total)
+            print(f"        deadline {deadline:.2f} s, {places} places: the {name} is what refuses")
+            passed += await arrivals(port, call, capacity, clock, deadline, total)
             reconcile(before, await settled(port), total)
             expected = 429 if name == "queue" else 504
             assert total.of(expected) > 0, f"no {expected}: {total.statuses()}"
@@ -127,13 +148,14 @@ async def run(arguments):
             passed += 1
         finally:
             assert server.stop() == 0
+    keeping.cancel()
     return passed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--binary", default="target/release/niwaki")
-    parser.add_argument("--seconds", type=float, default=3, help="of each load")
+    parser.add_argument("--seconds", type=float, default=3, help="of each number of clients")
     parser.add_argument("--capacity", type=float, help="requests a second; leaves out the numbers of clients")
     parser.add_argument("--threads", type=int, help="that compute (default: one is left for the clients)")
     try:
