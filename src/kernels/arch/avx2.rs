@@ -64,121 +64,76 @@ unsafe impl Simd for Avx2 {
     }
 }
 
-/// With AVX2 alone: s16 products of bytes are added in pairs by `vpmaddwd`, which cannot overflow (2 · 255 · 128 < 2^31),
-/// unlike the s16 sums of `vpmaddubsw`, which saturate.
+/// With AVX2 alone, in the operations of [`Avx2Exact`]: `vpmaddwd` on bytes widened to s16, which is exact, unlike the s16 sums of
+/// `vpmaddubsw`, which saturate.
 ///
-/// Both sides of a product are widened to s16 pairs `(k₀, k₂)` and `(k₁, k₃)` of each group of four k. The codes of a few
-/// rows are widened once for all columns of the panel, so that the inner loop only broadcasts them; the weights are widened
-/// in registers, by shifts that run beside the multiplies.
+/// The codes of a few rows are widened once for all columns of the panel, so that the inner loop only broadcasts them; weights are
+/// widened by the load.
 pub(super) mod exact {
-    use std::mem::MaybeUninit;
-
     use super::super::attend::integers::Exact;
     use super::super::attend::products::{Bytes, F32, Words};
     use super::super::attend::table::{Forms, attention};
+    use super::super::dot::Dot;
+    use super::super::dot_x86::Avx2Exact;
     use super::super::table::kernel_table;
     use super::*;
     use crate::kernels::AttentionForm;
 
-    /// Groups of k that one vector of codes holds; widened codes come in runs of this many even, then odd pairs.
-    const RUN: usize = 8;
-    /// Rows widened at once: two tiles. More would not stay in the L1 cache beside the weights.
-    const WIDENED_ROWS: usize = 10;
-    /// Pairs on the stack: ten rows of 1,536 inputs fit three times, one row of 65,536 once.
-    const WIDENED_PAIRS: usize = 32_768;
-
-    /// Writes the pairs of a row, `[⌈k_groups / RUN⌉][even, odd][RUN]`; groups beyond `k_groups` are zeros.
+    /// `R` rows by `V` vectors of 8 columns; `codes` are the widened codes of the first row, the others `stride` bytes apart.
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn widen(codes: *const u8, k_groups: usize, to: *mut i32) {
-        // SAFETY: `codes` holds `4 · k_groups` bytes and `to` the pairs of whole runs (the caller's sizes).
-        unsafe {
-            let low_bytes = _mm256_set1_epi16(0xff);
-            for run in 0..k_groups.div_ceil(RUN) {
-                let n_bytes = (k_groups - run * RUN).min(RUN) * 4;
-                let from = codes.add(run * RUN * 4);
-                let code = if n_bytes == RUN * 4 {
-                    _mm256_loadu_si256(from.cast())
-                } else {
-                    let mut bytes = [0u8; RUN * 4];
-                    std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), n_bytes);
-                    _mm256_loadu_si256(bytes.as_ptr().cast())
-                };
-                let to = to.add(run * RUN * 2);
-                _mm256_storeu_si256(to.cast(), _mm256_and_si256(code, low_bytes));
-                _mm256_storeu_si256(to.add(RUN).cast(), _mm256_srli_epi16::<8>(code));
-            }
-        }
-    }
-
-    /// `R` rows by 16 columns; `pairs` are the widened codes of the first row, `stride` apart.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<T: Sink, const R: usize>(
+    unsafe fn tile<T: Sink, const R: usize, const V: usize>(
         gemm: &Gemm<T>,
         row: usize,
         column: usize,
-        pairs: *const i32,
+        codes: *const u8,
         stride: usize,
     ) {
-        // SAFETY: rows and columns are in range (the façade's checks), `pairs` holds `R` widened rows.
+        // SAFETY: rows and columns are in range (the façade's checks), `codes` holds `R` widened rows.
         unsafe {
-            let mut sums = [[_mm256_setzero_si256(); 2]; R];
-            for run in 0..gemm.k_groups.div_ceil(RUN) {
-                let n_groups = (gemm.k_groups - run * RUN).min(RUN);
-                let weights = gemm.weights.add(run * RUN * 256 + column * 4);
-                let pairs = pairs.add(run * RUN * 2);
-                for group in 0..n_groups {
-                    let mut even = [_mm256_setzero_si256(); 2];
-                    let mut odd = even;
-                    for j in 0..2 {
-                        let weight = _mm256_loadu_si256(weights.add(group * 256 + j * 32).cast());
-                        even[j] = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(weight));
-                        odd[j] = _mm256_srai_epi16::<8>(weight);
-                    }
-                    for r in 0..R {
-                        let pair = pairs.add(r * stride + group);
-                        let code_even = _mm256_set1_epi32(*pair);
-                        let code_odd = _mm256_set1_epi32(*pair.add(RUN));
-                        for j in 0..2 {
-                            let sum = _mm256_add_epi32(sums[r][j], _mm256_madd_epi16(code_even, even[j]));
-                            sums[r][j] = _mm256_add_epi32(sum, _mm256_madd_epi16(code_odd, odd[j]));
-                        }
+            let mut sums = [[Avx2Exact::zero(); V]; R];
+            for group in 0..gemm.k_groups {
+                let weights = gemm.weights.add(group * 256 + column * 4);
+                let half = |at: usize| _mm256_cvtepi8_epi16(_mm_loadu_si128(weights.add(at * 16).cast()));
+                let weights: [[__m256i; 2]; V] = std::array::from_fn(|v| [half(2 * v), half(2 * v + 1)]);
+                for r in 0..R {
+                    let code = Avx2Exact::codes(codes.add(r * stride + group * 4 * Avx2Exact::CODE_BYTES));
+                    for v in 0..V {
+                        sums[r][v] = Avx2Exact::dot(sums[r][v], code, weights[v]);
                     }
                 }
             }
-            for j in 0..2 {
-                let columns = T::columns::<Avx2>(gemm, column + j * 8);
+            for v in 0..V {
+                let columns = T::columns::<Avx2>(gemm, column + v * 8);
                 for r in 0..R {
-                    T::put::<Avx2>(gemm, row + r, column + j * 8, columns, sums[r][j]);
+                    T::put::<Avx2>(gemm, row + r, column + v * 8, columns, Avx2Exact::finish(sums[r][v]));
                 }
             }
         }
     }
 
-    /// `gemm_u8i8_avx2`: 5x16 tiles.
+    /// `gemm_u8i8_avx2`: 6x8 tiles, twelve of the sixteen registers; 2x16 for one or two rows.
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
-        let stride = gemm.k_groups.div_ceil(RUN) * RUN * 2;
-        let mut widened = [const { MaybeUninit::<i32>::uninit() }; WIDENED_PAIRS];
-        let pairs = widened.as_mut_ptr().cast::<i32>();
-        // At most 65,536 inputs (PackedLinear::new), so at least one row fits.
-        let at_once = (WIDENED_PAIRS / stride).clamp(1, WIDENED_ROWS);
-        for (first, n_rows) in row_tiles(gemm.n_rows, at_once) {
-            // SAFETY: the rows are below `n_rows`, and `at_once` widened rows fit the buffer.
+        let k = gemm.k_groups * 4;
+        let mut room = Avx2Exact::room();
+        for (first, n_rows) in row_tiles(gemm.n_rows, Avx2Exact::rows_at_once(k)) {
+            // SAFETY: the rows are below `n_rows`, and the room is made for that many.
             unsafe {
-                for row in 0..n_rows {
-                    widen(gemm.codes.add((first + row) * gemm.stride), gemm.k_groups, pairs.add(row * stride));
-                }
-                for column in (0..64).step_by(16) {
-                    for (row, n_rows) in row_tiles(n_rows, 5) {
-                        let pairs = pairs.add(row * stride).cast_const();
+                let codes = gemm.codes.add(first * gemm.stride);
+                let (codes, stride) = Avx2Exact::prepare(&mut room, codes, gemm.stride, n_rows, k);
+                // Tiles of one or two rows only come of as many rows in all.
+                for column in (0..64).step_by(if n_rows <= 2 { 16 } else { 8 }) {
+                    for (row, n) in row_tiles(n_rows, 6) {
+                        let codes = codes.add(row * stride);
                         let row = first + row;
-                        match n_rows {
+                        match n {
                             0 => {}
-                            1 => tile::<T, 1>(gemm, row, column, pairs, stride),
-                            2 => tile::<T, 2>(gemm, row, column, pairs, stride),
-                            3 => tile::<T, 3>(gemm, row, column, pairs, stride),
-                            4 => tile::<T, 4>(gemm, row, column, pairs, stride),
-                            _ => tile::<T, 5>(gemm, row, column, pairs, stride),
+                            1 => tile::<T, 1, 2>(gemm, row, column, codes, stride),
+                            2 => tile::<T, 2, 2>(gemm, row, column, codes, stride),
+                            3 => tile::<T, 3, 1>(gemm, row, column, codes, stride),
+                            4 => tile::<T, 4, 1>(gemm, row, column, codes, stride),
+                            5 => tile::<T, 5, 1>(gemm, row, column, codes, stride),
+                            _ => tile::<T, 6, 1>(gemm, row, column, codes, stride),
                         }
                     }
                 }

@@ -74,15 +74,16 @@ unsafe impl<S: Integers> Products for F32<S> {
             let mut totals = [S::splat(0.0); 2];
             let mut i = 0;
             while i < width {
-                let score = scores.add(i);
-                // exp2 never goes below 2^−100; taking that off makes a hidden key's weight exactly 0.
-                let weight = exp2::<S>(S::sub(S::load(score), highest));
-                let weight = S::sub(weight, S::splat(f32::from_bits((127 - 100) << 23)));
-                S::store(score, weight);
                 // Which sum a weight is added to depends on its slot alone.
-                let chain = i / S::LANES % (KEY_BLOCK / S::LANES).min(2);
-                totals[chain] = S::add(totals[chain], weight);
-                i += S::LANES;
+                for v in 0..KEY_BLOCK / S::LANES {
+                    let score = scores.add(i + v * S::LANES);
+                    // exp2 never goes below 2^−100; taking that off makes a hidden key's weight exactly 0.
+                    let weight = exp2::<S>(S::sub(S::load(score), highest));
+                    let weight = S::sub(weight, S::splat(f32::from_bits((127 - 100) << 23)));
+                    S::store(score, weight);
+                    totals[v % 2] = S::add(totals[v % 2], weight);
+                }
+                i += KEY_BLOCK;
             }
             S::sum(S::add(totals[0], totals[1]))
         };
