@@ -7,6 +7,7 @@
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
+use std::ffi::{c_int, c_long};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use mimalloc::MiMalloc;
@@ -124,6 +125,38 @@ pub fn thread_allocations() -> u64 {
     THREAD_ALLOCATIONS.with(Cell::get)
 }
 
+/// While it lives, mimalloc gives what is freed back to the system at once, not a second later with the next allocation that
+/// happens to look. For loading a model: what was parsed and freed by then would stay resident.
+#[derive(Debug)]
+pub struct GivingBack {
+    delay: c_long,
+}
+
+/// `mi_option_purge_delay` of `mimalloc.h`: milliseconds.
+const PURGE_DELAY: c_int = 15;
+
+unsafe extern "C" {
+    /// `mimalloc.h`; in the same library as `mi_malloc`, which `MiMalloc` calls.
+    safe fn mi_option_get(option: c_int) -> c_long;
+    safe fn mi_option_set(option: c_int, value: c_long);
+}
+
+impl GivingBack {
+    /// From now on, until it is dropped.
+    #[must_use]
+    pub fn at_once() -> Self {
+        let delay = mi_option_get(PURGE_DELAY);
+        mi_option_set(PURGE_DELAY, 0);
+        Self { delay }
+    }
+}
+
+impl Drop for GivingBack {
+    fn drop(&mut self) {
+        mi_option_set(PURGE_DELAY, self.delay);
+    }
+}
+
 /// Bytes that mimalloc has made accessible and not returned to the system. Only a part of them has been touched, so
 /// this is an upper bound of what the allocator adds to the resident set.
 #[must_use]
@@ -178,5 +211,15 @@ mod tests {
         .unwrap();
         assert_eq!(allocated_bytes(), before);
         assert_eq!(thread_allocations() - allocations_before, 2);
+    }
+
+    #[test]
+    fn the_delay_of_purges_is_the_option_that_it_is_taken_for() {
+        // The default of this version of mimalloc, and no other option's.
+        assert_eq!(mi_option_get(PURGE_DELAY), 1000);
+        let giving_back = GivingBack::at_once();
+        assert_eq!(mi_option_get(PURGE_DELAY), 0);
+        drop(giving_back);
+        assert_eq!(mi_option_get(PURGE_DELAY), 1000);
     }
 }

@@ -16,6 +16,7 @@ use crate::engine::{Engine, EngineLimits};
 use crate::kernels::threads::Cores;
 use crate::model::Architecture;
 use crate::server::{ModelParts, ServedModel, Task};
+use crate::telemetry::allocator::GivingBack;
 use crate::telemetry::{Metrics, ModelInfo, events};
 use crate::text::Tokenizer;
 
@@ -68,6 +69,7 @@ impl Models {
     fn start(&self, place: Option<&Place>, served: Option<&str>) -> anyhow::Result<ModelParts> {
         let Self { args, metrics, cores, .. } = self;
         let started = Instant::now();
+        let _giving_back = GivingBack::at_once();
         let checkpoint = model::open_place(place, &args.model)?;
         let tokenizer = Arc::new(Tokenizer::from_bytes(checkpoint.tokenizer_json()).context("tokenizer.json")?);
         let n_workers = cores.n_cores();
