@@ -64,8 +64,8 @@ unsafe impl Simd for Avx2 {
     }
 }
 
-/// With AVX2 alone, in the operations of [`Avx2Exact`]: `vpmaddwd` on bytes widened to s16, which is exact, unlike the s16 sums of
-/// `vpmaddubsw`, which saturate.
+/// With AVX2 alone, in the operations of [`Avx2Exact`](super::dot_x86::Avx2Exact): `vpmaddwd` on bytes widened to s16, which is
+/// exact, unlike the s16 sums of `vpmaddubsw`, which saturate.
 ///
 /// The codes of a few rows are widened once for all columns of the panel, so that the inner loop only broadcasts them; weights are
 /// widened by the load.
