@@ -8,6 +8,7 @@
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
 use std::ffi::{c_int, c_long};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use mimalloc::MiMalloc;
@@ -126,11 +127,13 @@ pub fn thread_allocations() -> u64 {
 }
 
 /// While it lives, mimalloc gives what is freed back to the system at once, not a second later with the next allocation that
-/// happens to look. For loading a model: what was parsed and freed by then would stay resident.
+/// happens to look. For loading a model: what was parsed and freed by then would stay resident. Of two at once, the first that ends
+/// ends both.
 #[derive(Debug)]
-pub struct GivingBack {
-    delay: c_long,
-}
+pub struct GivingBack(());
+
+/// What the delay is without it, whoever asks first and whoever ends last.
+static USUAL_DELAY: OnceLock<c_long> = OnceLock::new();
 
 /// `mi_option_purge_delay` of `mimalloc.h`: milliseconds.
 const PURGE_DELAY: c_int = 15;
@@ -145,15 +148,17 @@ impl GivingBack {
     /// From now on, until it is dropped.
     #[must_use]
     pub fn at_once() -> Self {
-        let delay = mi_option_get(PURGE_DELAY);
+        USUAL_DELAY.get_or_init(|| mi_option_get(PURGE_DELAY));
         mi_option_set(PURGE_DELAY, 0);
-        Self { delay }
+        Self(())
     }
 }
 
 impl Drop for GivingBack {
     fn drop(&mut self) {
-        mi_option_set(PURGE_DELAY, self.delay);
+        if let Some(&delay) = USUAL_DELAY.get() {
+            mi_option_set(PURGE_DELAY, delay);
+        }
     }
 }
 
@@ -219,7 +224,9 @@ mod tests {
         assert_eq!(mi_option_get(PURGE_DELAY), 1000);
         let giving_back = GivingBack::at_once();
         assert_eq!(mi_option_get(PURGE_DELAY), 0);
+        let another = GivingBack::at_once();
         drop(giving_back);
+        drop(another);
         assert_eq!(mi_option_get(PURGE_DELAY), 1000);
     }
 }
