@@ -52,7 +52,7 @@ impl AttentionForm {
 
     /// Most keys of a row for which the stated error holds.
     #[must_use]
-    pub fn max_keys(self) -> usize {
+    pub const fn max_keys(self) -> usize {
         match self {
             Self::F32 | Self::Int16 => usize::MAX,
             Self::Int8 => 512,

@@ -17,7 +17,8 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::attend::amx as attend;
+use super::attend::amx::Amx;
+use super::attend::full;
 use super::attend::table::{AttentionTable, Forms};
 use super::avx512::{self, Avx512};
 use super::gemm::{Gemm, Sink};
@@ -402,7 +403,7 @@ pub(super) static TABLE: Table = Table {
         tables: &[
             avx512::TABLE.attention.tables[0],
             avx512::TABLE.attention.tables[1],
-            AttentionTable { scratch: attend::scratch, attend: attend::attend, ..avx512::TABLE.attention.tables[2] },
+            AttentionTable { attend: full::attend::<Amx>, ..avx512::TABLE.attention.tables[2] },
         ],
         ..avx512::TABLE.attention
     },

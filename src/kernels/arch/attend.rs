@@ -14,11 +14,15 @@
 #[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
 mod face;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod full;
 pub(super) mod integers;
 mod pack;
 pub(super) mod products;
 pub(super) mod table;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod vnni;
 
 use std::ops::Range;
 
@@ -238,7 +242,7 @@ unsafe fn code_query<P: Products>(columns: &Columns<'_>, position: usize, steps:
         let mut largest = P::S::splat(LEAST_QUERY);
         for j in (0..d).step_by(lanes) {
             let x = P::S::mul(columns.read::<P::S>(position, j), P::S::load(steps.add(j)));
-            largest = P::S::max(largest, P::S::max(x, P::S::sub(P::S::splat(0.0), x)));
+            largest = P::S::max(largest, P::S::abs(x));
         }
         let largest = P::S::highest(largest);
         let inverse = P::S::splat(P::LARGEST / largest);
@@ -318,8 +322,12 @@ unsafe fn tile<P: Products, const Q: usize, const V: usize, const B: usize>(args
                 score::<P, 1, V, B>(queries.add(q * n_groups), keys, n_groups, blocks, row.add(column), width);
                 column += blocks.slots().len() * KEY_BLOCK;
             }
-            mask(row, &tile.blocks, &seen.shared, &pooled);
-            mask(row.add(tile.shared), &own, &seen.own, &pooled);
+            if !tile.all_seen || head.slots.pooled > 0 {
+                mask(row, &tile.blocks, &seen.shared, &pooled);
+            }
+            if tile.own > 0 {
+                mask(row.add(tile.shared), &own, &seen.own, &pooled);
+            }
             inverse[q] = 1.0 / soften::<P>(row, column, scale[q]);
         }
         let part = V * P::S::LANES;

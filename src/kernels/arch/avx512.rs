@@ -3,11 +3,13 @@
 
 use std::arch::x86_64::*;
 
+use super::attend::full;
 use super::attend::integers::Vnni;
 use super::attend::products::{Bytes, F32, Words};
-use super::attend::table::{Forms, attention};
+use super::attend::table::{AttentionTable, Forms, attention};
+use super::attend::vnni::Avx512Tiles;
 use super::codebook::Codebook;
-use super::gemm::{Gemm, Sink, row_tiles};
+use super::gemm::{Gemm, Sink, row_starts, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
 use crate::kernels::AttentionForm;
@@ -81,17 +83,18 @@ unsafe impl Simd for Avx512 {
 /// `R` rows by the 64 columns of a panel, all of k in 4·R accumulators. `PREFETCH` of the four cache lines per group of k
 /// of the next panel are asked for, starting at line `line`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+#[inline(never)]
 unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, line: usize) {
     // SAFETY: the rows are inside `codes` and `out`, the panel holds `k_groups` groups (the façade's checks); prefetching
     // touches nothing.
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); 4]; R];
-        let codes = gemm.codes.add(row * gemm.stride);
+        let codes = row_starts::<R>(gemm.codes.add(row * gemm.stride), gemm.stride);
         for group in 0..gemm.k_groups {
             let weights = gemm.weights.add(group * 256);
             let weight: [__m512i; 4] = std::array::from_fn(|j| _mm512_load_si512(weights.add(j * 64).cast()));
             for r in 0..R {
-                let code = codes.add(r * gemm.stride + group * 4).cast::<i32>().read_unaligned();
+                let code = codes[r].add(group * 4).cast::<i32>().read_unaligned();
                 let code = _mm512_set1_epi32(code);
                 for j in 0..4 {
                     sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], code, weight[j]);
@@ -197,7 +200,11 @@ kernel_table! {
         tables: &[
             attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] F32<Avx512>, 8, 2, 1),
             attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Words<Avx512, Vnni>, 8, 2, 1),
-            attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Bytes<Avx512, Vnni>, 8, 2, 1),
+            AttentionTable {
+                scratch: full::scratch,
+                attend: full::attend::<Avx512Tiles>,
+                ..attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Bytes<Avx512, Vnni>, 8, 2, 1)
+            },
         ],
     }
 }

@@ -101,6 +101,14 @@ macro_rules! value_sink {
 value_sink!(f32, store);
 value_sink!(u16, store_half);
 
+/// Where each of `R` rows starts. The compiler is not told that they lie `stride` bytes apart: it would compute that again in every
+/// step of a loop over inputs, to save registers.
+#[inline(always)]
+pub(super) unsafe fn row_starts<const R: usize>(first: *const u8, stride: usize) -> [*const u8; R] {
+    // SAFETY: the rows are there by contract.
+    std::array::from_fn(|row| std::hint::black_box(unsafe { first.add(row * stride) }))
+}
+
 /// Rows cut into as few tiles of at most `tile` rows as possible, of nearly equal size: a short last tile would leave the
 /// multipliers waiting for its few accumulators (32 rows: 6, 6, 5, 5, 5, 5 instead of five sixes and a two).
 #[inline(always)]

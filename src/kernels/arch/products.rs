@@ -105,11 +105,13 @@ macro_rules! products {
             use crate::kernels::layout::PANEL;
 
             #[$features]
+            #[inline(never)]
             unsafe fn plain_tile<D: Dot, T: Sink, const R: usize, const V: usize>(args: &Codebook<T>, tile: Tile) {
                 // SAFETY: passed on unchanged, under the target features that the bodies need.
                 unsafe { codebook::tile::<D, T, R, V>(args, tile) }
             }
             #[$features]
+            #[inline(never)]
             unsafe fn grouped_tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(
                 args: &Codebook<T>,
                 tile: Tile,
@@ -118,17 +120,20 @@ macro_rules! products {
                 unsafe { codebook::grouped_tile::<D, T, R, V>(args, tile) }
             }
             #[$features]
+            #[inline(never)]
             unsafe fn block_tile<D: Dot, T: Sink, const R: usize, const V: usize>(args: &Blocks<T>, tile: Tile) {
                 // SAFETY: passed on unchanged.
                 unsafe { blocks::tile::<D, T, R, V>(args, tile) }
             }
             #[$features]
+            #[inline(never)]
             unsafe fn offset_tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(args: &Blocks<T>, tile: Tile) {
                 // SAFETY: passed on unchanged.
                 unsafe { blocks::offset_tile::<D, T, R, V>(args, tile) }
             }
 
             #[$features]
+            #[inline(never)]
             unsafe fn groups_tile<D: Dot, T: ValueSink, const R: usize, const V: usize>(args: &Groups<T>, tile: Tile) {
                 // SAFETY: passed on unchanged.
                 unsafe { groups::tile::<D, T, R, V>(args, tile) }
@@ -249,7 +254,7 @@ mod neon {
 }
 
 mod portable {
-    products! { any: #[inline(never)] crate::kernels::arch::portable::Portable, 2 x 2 }
+    products! { any: #[cfg(all())] crate::kernels::arch::portable::Portable, 2 x 2 }
     forms! { any, any, any, any }
 }
 

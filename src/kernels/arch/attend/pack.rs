@@ -64,8 +64,7 @@ unsafe fn steps<P: Products>(columns: &Columns<'_>, step: *mut f32, inverse: *mu
         while j < head.heads.d_padded() {
             let mut largest = P::S::splat(0.0);
             for position in 0..head.len {
-                let x = columns.read::<P::S>(position, j);
-                largest = P::S::max(largest, P::S::max(x, P::S::sub(P::S::splat(0.0), x)));
+                largest = P::S::max(largest, P::S::abs(columns.read::<P::S>(position, j)));
             }
             // A dimension that is 0 throughout has any step.
             let largest = P::S::max(largest, P::S::splat(f32::MIN_POSITIVE * 1e6));

@@ -16,6 +16,8 @@ pub(super) struct Tile {
     /// Slots visited together, and at most by one query for itself.
     pub(super) shared: usize,
     pub(super) own: usize,
+    /// Whether every query sees all the slots that are visited together.
+    pub(super) all_seen: bool,
 }
 
 pub(super) fn blocks(range: SlotRange) -> SlotRange {
@@ -31,7 +33,9 @@ fn width(ranges: &[SlotRange]) -> usize {
 
 impl Tile {
     pub(super) fn new(keys: &[QueryKeys], first: usize, step: usize, n: usize, uniform: bool) -> Self {
-        let mut tile = Self { first, step, blocks: Default::default(), shared: 0, own: 0 };
+        let mut tile = Self { first, step, blocks: Default::default(), shared: 0, own: 0, all_seen: false };
+        let whole = |slot: u32| (slot as usize).is_multiple_of(KEY_BLOCK);
+        tile.all_seen = uniform && n > 0 && keys[first].shared.iter().all(|seen| whole(seen.start) && whole(seen.end));
         // As in full attention.
         let n = if uniform { n.min(1) } else { n };
         for query in 0..n {
