@@ -655,6 +655,25 @@ fn a_zero_query_sees_its_keys_alike_and_no_others() {
     }
 }
 
+/// Queries that all see the same may be computed in a way of their own; one that sees less must not change the others.
+#[test]
+fn a_query_has_the_same_bits_beside_queries_that_see_something_else() {
+    for (n_heads, d_head) in [(2, 32), (1, 64), (3, 20), (1, 128)] {
+        let heads = Heads { n_heads, d_head };
+        for len in [2, 16, 21, 33, 64, 100, 257, 511] {
+            let same = Heading::full(len as u64, heads, len, 1.5);
+            let mut other = Heading::full(len as u64, heads, len, 1.5);
+            other.keys[len - 1] = QueryKeys::range(0, len / 2);
+            for (attention, _) in attentions(heads) {
+                let [a, b] = [&same, &other].map(|problem| problem.run(&attention, len));
+                let rows = (len - 1) * heads.d_context();
+                let equal = a[..rows].iter().zip(&b[..rows]).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(equal && a[rows..] != b[rows..], "{attention:?} {heads:?}, {len} tokens");
+            }
+        }
+    }
+}
+
 /// AMX multiplies integers where AVX-512 does, and all else is the same: so is every bit.
 #[test]
 fn the_matrix_unit_gives_the_bits_of_avx512() {

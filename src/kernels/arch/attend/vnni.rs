@@ -13,7 +13,7 @@ pub(in crate::kernels::arch) struct Avx512Tiles;
 macro_rules! in_parts {
     ($n:expr, |$first:ident| $($size:literal => $part:expr),* $(,)?) => {{
         let mut $first = 0;
-        $(while $first + $size <= $n {
+        $(while $n - $first >= $size {
             $part;
             $first += $size;
         })*
