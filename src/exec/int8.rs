@@ -140,12 +140,13 @@ impl Int8 {
         let qkv = limits.heads.iter().map(|(heads, _)| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
         let widest = limits.d_ffn.max(limits.d_model).max(d_context).max(limits.rank).next_multiple_of(PANEL);
         let scales = tokens * size_of::<RowScale>();
+        // Queries, keys and values are gone when the hidden layer comes, and both when the results are pooled.
+        let in_turn = qkv.max(tokens * code_stride(limits.d_ffn)).max(tokens * limits.d_model * 4);
         let workspace = Workspace::new(&[
             tokens * limits.d_model * 4,
-            tokens * limits.d_model * 4,
+            in_turn,
             tokens * code_stride(limits.d_model),
-            tokens * code_stride(limits.d_ffn.max(d_context)),
-            qkv,
+            tokens * code_stride(limits.d_model.max(d_context)),
             attend::packed_bytes(&kernels, limits),
             COLUMN_SPLIT_ROWS * widest * 4,
             scales,
