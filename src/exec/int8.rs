@@ -140,8 +140,8 @@ impl Int8 {
         let qkv = limits.heads.iter().map(|(heads, _)| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
         let widest = limits.d_ffn.max(limits.d_model).max(d_context).max(limits.rank).next_multiple_of(PANEL);
         let scales = tokens * size_of::<RowScale>();
-        // Queries, keys and values are gone when the hidden layer comes, and both when the results are pooled.
-        let in_turn = qkv.max(tokens * code_stride(limits.d_ffn)).max(tokens * limits.d_model * 4);
+        // Queries, keys and values are gone when the hidden layer comes; pooled rows are few (`GROUP_GRAIN`) and fit elsewhere.
+        let in_turn = qkv.max(tokens * code_stride(limits.d_ffn));
         let workspace = Workspace::new(&[
             tokens * limits.d_model * 4,
             in_turn,

@@ -82,20 +82,18 @@ pub(super) fn scratch(width: usize, d_padded: usize) -> usize {
     packing.max(MAX_TILE * (d_padded + width))
 }
 
-/// Scores of `Q` queries against `B · V` vectors of slots from block `block` on.
+/// Products of `Q` queries, `query_stride` dwords apart, with `V` vectors of slots. `GROUPS` is the number of groups if it is known when
+/// this is compiled, or 0.
 #[inline(always)]
-unsafe fn score_tile<P: Products, const Q: usize, const V: usize, const GROUPS: usize>(
+unsafe fn score_sums<P: Products, const Q: usize, const V: usize, const GROUPS: usize>(
     queries: *const f32,
+    query_stride: usize,
     keys: *const f32,
     n_groups: usize,
-    to: *mut f32,
-    width: usize,
-) {
-    // SAFETY: `queries` is `[Q, n_groups]`, `keys` holds V · LANES / KEY_BLOCK blocks (at least one), and `to` is
-    // `[Q, width]` from the tile's column on.
+) -> [[P::Sums; V]; Q] {
+    // SAFETY: `queries` is `[Q, query_stride]`, `keys` holds V · LANES / KEY_BLOCK blocks (at least one).
     unsafe {
         let lanes = P::S::LANES;
-        // Known when this is compiled, for the usual width of a head.
         let n_groups = if GROUPS > 0 { GROUPS } else { n_groups };
         let mut sums = [[P::zero(); V]; Q];
         for group in 0..n_groups {
@@ -105,15 +103,31 @@ unsafe fn score_tile<P: Products, const Q: usize, const V: usize, const GROUPS: 
                 key[v] = P::load(keys.add((block * n_groups + group) * KEY_BLOCK + column));
             }
             for q in 0..Q {
-                let query = P::broadcast(queries.add(q * n_groups + group));
+                let query = P::broadcast(queries.add(q * query_stride + group));
                 for v in 0..V {
                     sums[q][v] = P::score(sums[q][v], key[v], query);
                 }
             }
         }
+        sums
+    }
+}
+
+/// Scores of `Q` queries against `V` vectors of slots.
+#[inline(always)]
+unsafe fn score_tile<P: Products, const Q: usize, const V: usize, const GROUPS: usize>(
+    queries: *const f32,
+    keys: *const f32,
+    n_groups: usize,
+    to: *mut f32,
+    width: usize,
+) {
+    // SAFETY: `queries` is `[Q, n_groups]`, the keys are those of `score_sums`, and `to` is `[Q, width]` from the tile's column on.
+    unsafe {
+        let sums = score_sums::<P, Q, V, GROUPS>(queries, n_groups, keys, n_groups);
         for q in 0..Q {
             for v in 0..V {
-                P::S::store(to.add(q * width + v * lanes), P::to_float(sums[q][v]));
+                P::S::store(to.add(q * width + v * P::S::LANES), P::to_float(sums[q][v]));
             }
         }
     }
@@ -151,6 +165,35 @@ unsafe fn score<P: Products, const Q: usize, const V: usize, const B: usize>(
     }
 }
 
+/// Products of weights, in rows `width` dwords apart, with `V` vectors of dimensions of the values of `n_groups` groups of slots, which are
+/// `d` dwords apart. At most [`CHUNK`] slots.
+#[inline(always)]
+unsafe fn value_sums<P: Products, const Q: usize, const V: usize>(
+    weights: *const f32,
+    width: usize,
+    values: *const f32,
+    d: usize,
+    n_groups: usize,
+) -> [[P::Sums; V]; Q] {
+    // SAFETY: weights and values are there by contract.
+    unsafe {
+        let mut sums = [[P::zero(); V]; Q];
+        for group in 0..n_groups {
+            let mut value = [P::load(values.add(group * d)); V];
+            for v in 1..V {
+                value[v] = P::load(values.add(group * d + v * P::S::LANES));
+            }
+            for q in 0..Q {
+                let weight = P::broadcast(weights.add(q * width + group));
+                for v in 0..V {
+                    sums[q][v] = P::value(sums[q][v], weight, value[v]);
+                }
+            }
+        }
+        sums
+    }
+}
+
 /// Adds weighted values of blocks of slots to `Q` sums of `V` vectors of dimensions. `weights` are rows `width` apart.
 #[inline(always)]
 unsafe fn add_values<P: Products, const Q: usize, const V: usize>(
@@ -169,21 +212,9 @@ unsafe fn add_values<P: Products, const Q: usize, const V: usize>(
         while block < end {
             let stop = (block / (CHUNK / KEY_BLOCK) + 1) * (CHUNK / KEY_BLOCK);
             let stop = stop.min(end);
-            let mut part = [[P::zero(); V]; Q];
             let weights = weights.add((block - start) * per_block);
             let from = values.add(block * per_block * d);
-            for group in 0..(stop - block) * per_block {
-                let mut value = [P::load(from.add(group * d)); V];
-                for v in 1..V {
-                    value[v] = P::load(from.add(group * d + v * P::S::LANES));
-                }
-                for q in 0..Q {
-                    let weight = P::broadcast(weights.add(q * width + group));
-                    for v in 0..V {
-                        part[q][v] = P::value(part[q][v], weight, value[v]);
-                    }
-                }
-            }
+            let part = value_sums::<P, Q, V>(weights, width, from, d, (stop - block) * per_block);
             for q in 0..Q {
                 for v in 0..V {
                     sums[q][v] = P::S::add(sums[q][v], P::to_float(part[q][v]));

@@ -102,7 +102,7 @@ value_sink!(f32, store);
 value_sink!(u16, store_half);
 
 /// Where each of `R` rows starts. The compiler is not told that they lie `stride` bytes apart: it would compute that again in every
-/// step of a loop over inputs, to save registers.
+/// step of a loop over inputs, to save registers. (For the same reason tiles are functions that are not inlined.)
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX-512 alone has a tile of so many rows"))]
 #[inline(always)]
 pub(super) unsafe fn row_starts<const R: usize>(first: *const u8, stride: usize) -> [*const u8; R] {

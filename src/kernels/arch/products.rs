@@ -89,7 +89,8 @@ const fn up_to(n: usize, most: usize) -> usize {
 }
 
 /// A module with the bodies of `codebook.rs` and `blocks.rs` for one dot product under the given target features, in tiles of
-/// `$rows` rows by `$vectors` vectors.
+/// `$rows` rows by `$vectors` vectors. Tiles are not inlined: beside the loops over them the compiler would compute where their rows start
+/// in every step.
 macro_rules! products {
     ($name:ident: #[$features:meta] $dot:ty, $rows:literal x $vectors:literal) => {
         #[allow(dead_code, reason = "some instruction sets use a dot product for a part of the forms alone")]
@@ -254,6 +255,7 @@ mod neon {
 }
 
 mod portable {
+    // An attribute that says nothing: no features are needed.
     products! { any: #[cfg(all())] crate::kernels::arch::portable::Portable, 2 x 2 }
     forms! { any, any, any, any }
 }

@@ -6,7 +6,7 @@
 //! ```
 
 use super::super::amx::{and_rest, on_tiles, shape_tiles};
-use super::full::{PAIR, QUERY_STRIDE, STEP, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
+use super::full::{Keys, PAIR, QUERY_STRIDE, STEP, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
 use crate::kernels::attention::KEY_BLOCK;
 
 /// Tiles of the matrix unit. All 16 queries are computed, however many there are.
@@ -25,22 +25,14 @@ unsafe impl Tiles for Amx {
     }
 
     #[inline]
-    unsafe fn scores(
-        queries: *const u8,
-        _n_queries: usize,
-        keys: *const u8,
-        d: usize,
-        n_slots: usize,
-        to: *mut u8,
-        stride: usize,
-    ) {
-        let (block, n_steps) = (KEY_BLOCK * d, d.div_ceil(STEP));
+    unsafe fn scores(queries: *const u8, _n_queries: usize, keys: Keys, to: *mut u8, stride: usize) {
+        let (block, n_steps) = (KEY_BLOCK * keys.d, keys.d.div_ceil(STEP));
         let mut key = 0;
-        while key < n_slots {
+        while key < keys.n_slots {
             // SAFETY: in range by contract.
             unsafe {
-                let (from, to) = (keys.add(key * d), to.add(4 * key));
-                if key + 4 * KEY_BLOCK <= n_slots {
+                let (from, to) = (keys.first.add(key * keys.d), to.add(4 * key));
+                if key + 4 * KEY_BLOCK <= keys.n_slots {
                     score::<4>(queries, n_steps, from, block, to, stride);
                     key += 4 * KEY_BLOCK;
                 } else {

@@ -28,18 +28,9 @@ pub(in crate::kernels::arch) unsafe trait Tiles {
 
     /// To be called before the others.
     unsafe fn prepare();
-    /// Scores of the first `n_queries` of 16 queries with `n_slots` keys, a multiple of [`KEY_BLOCK`]. `queries` is `[16,
-    /// QUERY_STRIDE]`, zeros beyond the `d` dimensions up to a whole step; the keys must be readable up to a whole step, too; `to`
-    /// is `[16, stride]`, in bytes.
-    unsafe fn scores(
-        queries: *const u8,
-        n_queries: usize,
-        keys: *const u8,
-        d: usize,
-        n_slots: usize,
-        to: *mut u8,
-        stride: usize,
-    );
+    /// Scores of the first `n_queries` of 16 queries. `queries` is `[16, QUERY_STRIDE]`, zeros beyond the dimensions up to a whole step;
+    /// `to` is `[16, stride]`, in bytes.
+    unsafe fn scores(queries: *const u8, n_queries: usize, keys: Keys, to: *mut u8, stride: usize);
     /// Sums of weights times values for the first `n_queries` of 16 queries; `weights` is `[16, WEIGHT_STRIDE]`, zeros up to a whole
     /// step.
     unsafe fn context(weights: *const u8, n_queries: usize, values: Values, sums: &mut Sums);
@@ -53,12 +44,13 @@ pub(super) const STEP: usize = 64;
 const MAX_D: usize = 128;
 /// Dimensions that are computed at once.
 pub(super) const PAIR: usize = 2 * TILE;
-/// Bytes from a query's codes, and from its weights, to the next one's. Rows a whole number of pages apart would all meet in the same
-/// few lines of the first cache.
+/// Bytes from a query's codes to the next one's.
 pub(super) const QUERY_STRIDE: usize = MAX_D;
+/// Bytes from a query's weights to the next one's. Rows a whole number of pages apart would all meet in the same few lines of the first
+/// cache; so it is with scores.
 pub(super) const WEIGHT_STRIDE: usize = AttentionForm::Int8.max_keys() + STEP;
 
-type Products = Bytes<Avx512, Vnni>;
+pub(super) type Products = Bytes<Avx512, Vnni>;
 
 /// Where the parts of a tile lie in scratch, in bytes from its start; all are whole cache lines.
 struct Room {
@@ -93,6 +85,14 @@ fn n_keys(args: &Attend<'_>) -> Option<usize> {
     let n = *end as usize;
     let alone = args.uniform && seen.own.iter().all(SlotRange::is_empty) && head.slots.pooled == 0;
     (alone && n <= AttentionForm::Int8.max_keys() && head.heads.d_padded() <= MAX_D).then_some(n)
+}
+
+/// Packed keys of `n_slots` slots, a multiple of [`KEY_BLOCK`]; readable up to a whole step.
+#[derive(Clone, Copy)]
+pub(in crate::kernels::arch) struct Keys {
+    pub(super) first: *const u8,
+    pub(super) d: usize,
+    pub(super) n_slots: usize,
 }
 
 /// Values of up to [`CHUNK`] keys, from the first dimension of a pair on.
@@ -295,11 +295,12 @@ pub(in crate::kernels::arch) unsafe fn attend<T: Tiles>(args: &Attend<'_>) {
             rest.copy_from(values.add(n_whole * STEP * d), n_rest * d);
             rest.add(n_rest * d).write_bytes(0, (STEP - n_rest) * d);
         }
+        let keys = Keys { first: keys, d, n_slots };
         let columns = Columns::new(head, Third::Query);
         for first in (0..args.keys.len()).step_by(TILE) {
             let size = TILE.min(args.keys.len() - first);
             let scale = code_queries(&columns, args.first + first, size, step, queries);
-            T::scores(queries, size, keys, d, n_slots, scores, room.score_stride);
+            T::scores(queries, size, keys, scores, room.score_stride);
             let mut rows = [_mm512_setzero_si512(); TILE];
             for q in 0..size {
                 rows[q] = highest(scores.add(q * room.score_stride).cast(), n_keys);

@@ -3,13 +3,14 @@
 
 use std::arch::x86_64::*;
 
-use super::full::{PAIR, QUERY_STRIDE, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
+use super::full::{Keys, PAIR, Products, QUERY_STRIDE, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
+use super::{score_sums, value_sums};
 use crate::kernels::attention::KEY_BLOCK;
 
 /// AVX-512 with VNNI.
 pub(in crate::kernels::arch) struct Avx512Tiles;
 
-/// Calls `$part::<Q, ..>(first, ..)` for the largest parts that `$n` queries have.
+/// Calls `$part` for runs of `$size` of `$n` queries, the first of which is `$first`, as long as there are so many.
 macro_rules! in_parts {
     ($n:expr, |$first:ident| $($size:literal => $part:expr),* $(,)?) => {{
         let mut $first = 0;
@@ -28,22 +29,15 @@ unsafe impl Tiles for Avx512Tiles {
     unsafe fn prepare() {}
 
     #[inline(always)]
-    unsafe fn scores(
-        queries: *const u8,
-        n_queries: usize,
-        keys: *const u8,
-        d: usize,
-        n_slots: usize,
-        to: *mut u8,
-        stride: usize,
-    ) {
+    unsafe fn scores(queries: *const u8, n_queries: usize, keys: Keys, to: *mut u8, stride: usize) {
         // SAFETY: in range by contract.
         unsafe {
             in_parts! { n_queries, |q|
-                16 => score::<16, 1>(queries, keys, d, n_slots, to, stride),
-                8 => score::<8, 2>(queries.add(q * QUERY_STRIDE), keys, d, n_slots, to.add(q * stride), stride),
-                4 => score::<4, 4>(queries.add(q * QUERY_STRIDE), keys, d, n_slots, to.add(q * stride), stride),
-                1 => score::<1, 4>(queries.add(q * QUERY_STRIDE), keys, d, n_slots, to.add(q * stride), stride),
+                // One vector of keys, so that each code is multiplied where it lies in memory.
+                16 => score::<16, 1>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
+                8 => score::<8, 2>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
+                4 => score::<4, 4>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
+                1 => score::<1, 4>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
             }
         }
     }
@@ -62,47 +56,34 @@ unsafe impl Tiles for Avx512Tiles {
     }
 }
 
-#[inline(always)]
-unsafe fn broadcast(from: *const u8) -> __m512i {
-    // SAFETY: AVX-512 F is there, and four bytes, by contract.
-    unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
-}
-
 /// Scores of `Q` queries with all keys, `V` blocks at a time.
 ///
 /// # Safety
 /// As for [`Tiles::scores`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn score<const Q: usize, const V: usize>(
-    queries: *const u8,
-    keys: *const u8,
-    d: usize,
-    n_slots: usize,
-    to: *mut u8,
-    stride: usize,
-) {
+unsafe fn score<const Q: usize, const V: usize>(queries: *const u8, keys: Keys, to: *mut u8, stride: usize) {
     let mut key = 0;
-    while key < n_slots {
+    while key < keys.n_slots {
         // SAFETY: in range by contract.
         unsafe {
-            let (from, to) = (keys.add(key * d), to.add(4 * key));
-            if key + V * KEY_BLOCK <= n_slots {
-                if d == 32 {
-                    score_blocks::<Q, V, 8>(queries, from, d, to, stride);
+            let (from, to) = (keys.first.add(key * keys.d), to.add(4 * key));
+            if key + V * KEY_BLOCK <= keys.n_slots {
+                if keys.d == 32 {
+                    score_blocks::<Q, V, 8>(queries, from, keys.d, to, stride);
                 } else {
-                    score_blocks::<Q, V, 0>(queries, from, d, to, stride);
+                    score_blocks::<Q, V, 0>(queries, from, keys.d, to, stride);
                 }
                 key += V * KEY_BLOCK;
             } else {
-                score_blocks::<Q, 1, 0>(queries, from, d, to, stride);
+                score_blocks::<Q, 1, 0>(queries, from, keys.d, to, stride);
                 key += KEY_BLOCK;
             }
         }
     }
 }
 
-/// Scores of `Q` queries with `V` blocks of keys. `GROUPS` is the number of groups of four dimensions if it is known.
+/// Scores of `Q` queries with `V` blocks of keys; `GROUPS` as in [`score_sums`].
 #[inline(always)]
 unsafe fn score_blocks<const Q: usize, const V: usize, const GROUPS: usize>(
     queries: *const u8,
@@ -113,20 +94,7 @@ unsafe fn score_blocks<const Q: usize, const V: usize, const GROUPS: usize>(
 ) {
     // SAFETY: in range by the contract of `score`.
     unsafe {
-        let n_groups = if GROUPS > 0 { GROUPS } else { d / 4 };
-        let mut sums = [[_mm512_setzero_si512(); V]; Q];
-        for group in 0..n_groups {
-            let mut key = [_mm512_setzero_si512(); V];
-            for v in 0..V {
-                key[v] = _mm512_loadu_si512(keys.add(v * KEY_BLOCK * d + group * 4 * KEY_BLOCK).cast());
-            }
-            for q in 0..Q {
-                let query = broadcast(queries.add(q * QUERY_STRIDE + group * 4));
-                for v in 0..V {
-                    sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], key[v], query);
-                }
-            }
-        }
+        let sums = score_sums::<Products, Q, V, GROUPS>(queries.cast(), QUERY_STRIDE / 4, keys.cast(), d / 4);
         for q in 0..Q {
             for v in 0..V {
                 _mm512_storeu_si512(to.add(q * stride + v * 4 * KEY_BLOCK).cast(), sums[q][v]);
@@ -144,17 +112,8 @@ unsafe fn score_blocks<const Q: usize, const V: usize, const GROUPS: usize>(
 unsafe fn add_up<const Q: usize>(weights: *const u8, values: Values, to: *mut i32) {
     // SAFETY: in range by contract.
     unsafe {
-        let mut sums = [[_mm512_setzero_si512(); 2]; Q];
-        for group in 0..values.n_keys / 4 {
-            let from = values.first.add(group * values.line);
-            let value = [_mm512_loadu_si512(from.cast()), _mm512_loadu_si512(from.add(4 * TILE).cast())];
-            for q in 0..Q {
-                let weight = broadcast(weights.add(q * WEIGHT_STRIDE + group * 4));
-                for v in 0..2 {
-                    sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], weight, value[v]);
-                }
-            }
-        }
+        let (first, width, line) = (values.first.cast(), WEIGHT_STRIDE / 4, values.line / 4);
+        let sums = value_sums::<Products, Q, 2>(weights.cast(), width, first, line, values.n_keys / 4);
         for q in 0..Q {
             for v in 0..2 {
                 _mm512_storeu_si512(to.add(q * PAIR + v * TILE).cast(), sums[q][v]);
