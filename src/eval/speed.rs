@@ -120,7 +120,8 @@ pub struct Pass {
     pub wall: f64,
 }
 
-/// Plays all batches once; with several workers each takes the next batch that is left.
+/// Plays all batches once; with several workers each takes the next batch that is left, on a thread of its own. A lone worker plays on
+/// the caller's, so that passes that follow each other find everything as warm as the calls of one pass do.
 ///
 /// # Errors
 /// If the model fails.
@@ -130,29 +131,32 @@ pub struct Pass {
 pub fn play(workers: &mut [Box<dyn Forward>], batches: &[RaggedBatch]) -> Result<Pass, ModelError> {
     let next = AtomicUsize::new(0);
     let started = Instant::now();
-    let samples = std::thread::scope(|scope| {
-        let threads: Vec<_> = workers
-            .iter_mut()
-            .map(|worker| {
-                scope.spawn(|| -> Result<Vec<f64>, ModelError> {
-                    let mut out = Outputs::default();
-                    let mut samples = Vec::new();
-                    while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let started = Instant::now();
-                        worker.forward(batch, Want::Pooled, &mut out)?;
-                        samples.push(started.elapsed().as_secs_f64());
-                    }
-                    Ok(samples)
-                })
-            })
-            .collect();
-        let mut samples = Vec::new();
-        for thread in threads {
-            samples.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-        }
-        Ok::<_, ModelError>(samples)
-    })?;
+    let samples = if let [worker] = workers {
+        play_next(worker.as_mut(), batches, &next)?
+    } else {
+        std::thread::scope(|scope| {
+            let play = |worker: &mut Box<dyn Forward>| play_next(worker.as_mut(), batches, &next);
+            let threads: Vec<_> = workers.iter_mut().map(|worker| scope.spawn(move || play(worker))).collect();
+            let mut samples = Vec::new();
+            for thread in threads {
+                samples.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+            }
+            Ok::<_, ModelError>(samples)
+        })?
+    };
     Ok(Pass { samples, wall: started.elapsed().as_secs_f64() })
+}
+
+/// Plays the next batch as long as one is left; returns the seconds of each.
+fn play_next(worker: &mut dyn Forward, batches: &[RaggedBatch], next: &AtomicUsize) -> Result<Vec<f64>, ModelError> {
+    let mut out = Outputs::default();
+    let mut samples = Vec::new();
+    while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
+        let started = Instant::now();
+        worker.forward(batch, Want::Pooled, &mut out)?;
+        samples.push(started.elapsed().as_secs_f64());
+    }
+    Ok(samples)
 }
 
 /// Measures all models in turn, pass by pass; the order rotates. `progress` is told of every pass of a model.

@@ -23,8 +23,10 @@ use std::time::{Duration, Instant};
 
 use super::super::place::{self, Place};
 
-/// How long a helper without work spins before it parks.
+/// How long a helper that is nobody's spins before it parks.
 const SPIN: Duration = Duration::from_micros(60);
+/// The same for one that a player has claimed: its next loop comes when the slowest thread is done with this one.
+const CLAIMED_SPIN: Duration = Duration::from_micros(400);
 
 /// Nobody's, and spinning.
 const IDLE: u8 = 0;
@@ -239,8 +241,8 @@ impl Helper {
                     spins = spins.wrapping_add(1);
                     if spins.is_multiple_of(32) {
                         let since = *idle_since.get_or_insert_with(Instant::now);
-                        if since.elapsed() > SPIN || seen == IDLE && is_crowded() {
-                            let to = if seen == IDLE { PARKED } else { ASLEEP };
+                        let (patience, to) = if seen == IDLE { (SPIN, PARKED) } else { (CLAIMED_SPIN, ASLEEP) };
+                        if since.elapsed() > patience || seen == IDLE && is_crowded() {
                             // A failure means that it was claimed, dismissed or given work in the meantime.
                             let _raced = state.compare_exchange(seen, to, SeqCst, Relaxed);
                         }

@@ -159,26 +159,26 @@ unsafe fn code_queries(columns: &Columns<'_>, position: usize, size: usize, step
     unsafe {
         let heads = columns.head.heads;
         let d = heads.d_padded();
-        let mut largest = [_mm512_setzero_si512(); TILE];
-        let mut scaled = [const { MaybeUninit::<__m512>::uninit() }; TILE * MAX_D / TILE];
-        for q in 0..size {
-            let mut most = _mm512_set1_ps(LEAST_QUERY);
-            for v in 0..d / TILE {
-                let x = columns.read::<Avx512>(position + q, v * TILE);
-                let x = _mm512_mul_ps(x, _mm512_loadu_ps(steps.add(v * TILE)));
-                scaled[q * MAX_D / TILE + v].write(x);
-                most = _mm512_max_ps(most, _mm512_abs_ps(x));
-            }
-            largest[q] = _mm512_castps_si512(most);
-        }
         // Numbers that are not negative are in the order of their bits.
+        let mut largest = [_mm512_setzero_si512(); TILE];
+        largest[..size].fill(_mm512_castps_si512(_mm512_set1_ps(LEAST_QUERY)));
+        let mut scaled = [[const { MaybeUninit::<__m512>::uninit() }; TILE]; MAX_D / TILE];
+        for v in 0..d / TILE {
+            let read = columns.vector::<Avx512>(v * TILE);
+            let step = _mm512_loadu_ps(steps.add(v * TILE));
+            for q in 0..size {
+                let x = _mm512_mul_ps(read(position + q), step);
+                scaled[v][q].write(x);
+                largest[q] = _mm512_max_epi32(largest[q], _mm512_castps_si512(_mm512_abs_ps(x)));
+            }
+        }
         let largest = _mm512_castsi512_ps(reduce!(largest, _mm512_max_epi32));
         let most = <Products as ProductsOf>::LARGEST;
         let inverse = PerQuery::new(_mm512_div_ps(_mm512_set1_ps(most), largest));
-        for q in 0..size {
-            let inverse = _mm512_set1_ps(inverse.0[q]);
-            for v in 0..d / TILE {
-                let code = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[q * MAX_D / TILE + v].assume_init(), inverse));
+        for v in 0..d / TILE {
+            for q in 0..size {
+                let inverse = _mm512_set1_ps(inverse.0[q]);
+                let code = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[v][q].assume_init(), inverse));
                 _mm_storeu_si128(to.add(q * QUERY_STRIDE + v * TILE).cast(), _mm512_cvtepi32_epi8(code));
             }
         }

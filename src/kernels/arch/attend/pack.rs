@@ -7,7 +7,7 @@ use super::super::simd::Simd;
 use super::Head;
 use super::integers::Integers;
 use super::products::Products;
-use crate::kernels::attention::{CacheLine, KEY_BLOCK};
+use crate::kernels::attention::{CacheLine, Heads, KEY_BLOCK};
 use crate::kernels::half::half_to_f32;
 use crate::kernels::layout::PANEL;
 
@@ -31,22 +31,50 @@ impl<'a> Columns<'a> {
         Self { head: *head, first: third as usize * head.heads.d_context() + head.head * head.heads.d_head }
     }
 
+    /// Where dimension `j` of the first token stands; those of the next tokens follow, [`PANEL`] apart.
+    #[inline(always)]
+    unsafe fn start(&self, j: usize) -> *const u16 {
+        let Self { head, first } = self;
+        let column = first + j;
+        // SAFETY: the columns are the head's.
+        unsafe { head.qkv.add((column / PANEL * head.n_rows + head.first_row) * PANEL + column % PANEL) }
+    }
+
+    /// Whether all vectors are whole and do not cross a panel, so that they can be read from [`Columns::start`] on.
+    #[inline(always)]
+    fn are_whole<S: Simd>(&self) -> bool {
+        let Heads { d_head, .. } = self.head.heads;
+        self.first.is_multiple_of(16) && d_head.is_multiple_of(S::LANES) && d_head == self.head.heads.d_padded()
+    }
+
+    /// Dimensions `j..j + LANES` of every token.
+    #[inline(always)]
+    pub(super) unsafe fn vector<S: Simd>(&self, j: usize) -> impl Fn(usize) -> S::F {
+        let columns = *self;
+        // SAFETY: in whole vectors all columns are the head's.
+        let start = columns.are_whole::<S>().then(|| unsafe { columns.start(j) });
+        // SAFETY: the token is one of the sequence's.
+        move |position| unsafe {
+            match start {
+                Some(start) => S::load_half(start.add(position * PANEL)),
+                None => columns.read::<S>(position, j),
+            }
+        }
+    }
+
     /// Dimensions `j..j + LANES` of the token at `position`, 0 beyond the head.
     #[inline(always)]
     pub(super) unsafe fn read<S: Simd>(&self, position: usize, j: usize) -> S::F {
-        let Self { head, first } = self;
         // SAFETY: the token is one of the sequence's, the columns are the head's; whole vectors do not cross a panel.
         unsafe {
-            let at = |column: usize| {
-                head.qkv.add((column / PANEL * head.n_rows + head.first_row + position) * PANEL + column % PANEL)
-            };
-            if first.is_multiple_of(16) && j + S::LANES <= head.heads.d_head {
-                return S::load_half(at(first + j));
+            let d_head = self.head.heads.d_head;
+            if self.first.is_multiple_of(16) && j + S::LANES <= d_head {
+                return S::load_half(self.start(j).add(position * PANEL));
             }
             let mut lanes = [0.0f32; 16];
             for (lane, value) in lanes.iter_mut().enumerate().take(S::LANES) {
-                if j + lane < head.heads.d_head {
-                    *value = half_to_f32(*at(first + j + lane));
+                if j + lane < d_head {
+                    *value = half_to_f32(*self.start(j + lane).add(position * PANEL));
                 }
             }
             S::load(lanes.as_ptr())
@@ -62,10 +90,19 @@ unsafe fn steps<P: Products>(columns: &Columns<'_>, step: *mut f32, inverse: *mu
     unsafe {
         let mut j = 0;
         while j < head.heads.d_padded() {
-            let mut largest = P::S::splat(0.0);
-            for position in 0..head.len {
-                largest = P::S::max(largest, P::S::abs(columns.read::<P::S>(position, j)));
+            let read = columns.vector::<P::S>(j);
+            // Four chains hide the latency of the maxima.
+            let mut largest = [P::S::splat(0.0); 4];
+            let whole = head.len / 4 * 4;
+            for position in (0..whole).step_by(4) {
+                for chain in 0..4 {
+                    largest[chain] = P::S::max(largest[chain], P::S::abs(read(position + chain)));
+                }
             }
+            for position in whole..head.len {
+                largest[0] = P::S::max(largest[0], P::S::abs(read(position)));
+            }
+            let largest = P::S::max(P::S::max(largest[0], largest[1]), P::S::max(largest[2], largest[3]));
             // A dimension that is 0 throughout has any step.
             let largest = P::S::max(largest, P::S::splat(f32::MIN_POSITIVE * 1e6));
             P::S::store(step.add(j), P::S::mul(largest, P::S::splat(1.0 / P::LARGEST)));
@@ -116,20 +153,55 @@ pub(in crate::kernels::arch) unsafe fn pack<P: Products>(head: &Head<'_>, packed
         let code = |x: <P::S as Simd>::F, inverse: *const f32| {
             if P::GROUP > 1 { P::S::mul(x, P::S::load(inverse)) } else { x }
         };
+        let whole = key_columns.are_whole::<P::S>() && value_columns.are_whole::<P::S>();
         for block in 0..n_slots / KEY_BLOCK {
             let first = block * KEY_BLOCK;
             let natural = head.slots.natural && first + KEY_BLOCK <= head.len;
-            let held: [Range<usize>; KEY_BLOCK] = std::array::from_fn(|index| match natural {
-                true => first + index..first + index + 1,
-                false => head.slots.keys(first + index, head.len),
-            });
-            for (index, held) in held.iter().enumerate() {
-                let row = rows.add(index * n_groups);
+            if natural && whole {
+                let values = values.add(first / P::GROUP * d);
                 let mut j = 0;
                 while j < d {
-                    let x = read_slot::<P::S>(&key_columns, held, j);
-                    P::store_key(row, j, code(x, key_inverse.add(j)));
+                    let key = key_columns.start(j).add(first * PANEL);
+                    for index in 0..KEY_BLOCK {
+                        let x = code(P::S::load_half(key.add(index * PANEL)), key_inverse.add(j));
+                        P::store_key(rows.add(index * n_groups), j, x);
+                    }
+                    let value = value_columns.start(j).add(first * PANEL);
+                    for index in 0..KEY_BLOCK / P::GROUP {
+                        let mut x = [P::S::splat(0.0); 4];
+                        for g in 0..P::GROUP {
+                            let at = value.add((index * P::GROUP + g) * PANEL);
+                            x[g] = code(P::S::load_half(at), value_inverse.add(j));
+                        }
+                        P::store_values(values.add(index * d + j), x);
+                    }
                     j += P::S::LANES;
+                }
+            } else {
+                let held: [Range<usize>; KEY_BLOCK] = std::array::from_fn(|index| match natural {
+                    true => first + index..first + index + 1,
+                    false => head.slots.keys(first + index, head.len),
+                });
+                for (index, held) in held.iter().enumerate() {
+                    let row = rows.add(index * n_groups);
+                    let mut j = 0;
+                    while j < d {
+                        let x = read_slot::<P::S>(&key_columns, held, j);
+                        P::store_key(row, j, code(x, key_inverse.add(j)));
+                        j += P::S::LANES;
+                    }
+                }
+                for (index, group) in held.chunks_exact(P::GROUP).enumerate() {
+                    let to = values.add((block * KEY_BLOCK / P::GROUP + index) * d);
+                    let mut j = 0;
+                    while j < d {
+                        let mut x = [P::S::splat(0.0); 4];
+                        for g in 0..P::GROUP {
+                            x[g] = code(read_slot::<P::S>(&value_columns, &group[g], j), value_inverse.add(j));
+                        }
+                        P::store_values(to.add(j), x);
+                        j += P::S::LANES;
+                    }
                 }
             }
             let to = keys.add(block * n_groups * KEY_BLOCK);
@@ -137,18 +209,6 @@ pub(in crate::kernels::arch) unsafe fn pack<P: Products>(head: &Head<'_>, packed
                 for half in [0, 8] {
                     let from = rows.add(half * n_groups + group);
                     P::S::transpose(from, n_groups, to.add(group * KEY_BLOCK + half), KEY_BLOCK);
-                }
-            }
-            for (index, group) in held.chunks_exact(P::GROUP).enumerate() {
-                let to = values.add((block * KEY_BLOCK / P::GROUP + index) * d);
-                let mut j = 0;
-                while j < d {
-                    let mut x = [P::S::splat(0.0); 4];
-                    for g in 0..P::GROUP {
-                        x[g] = code(read_slot::<P::S>(&value_columns, &group[g], j), value_inverse.add(j));
-                    }
-                    P::store_values(to.add(j), x);
-                    j += P::S::LANES;
                 }
             }
         }
