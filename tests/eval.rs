@@ -151,6 +151,16 @@ fn every_task_measures_and_differences_have_intervals() {
 }
 
 #[test]
+fn a_reference_reads_texts_cut_at_the_same_length() {
+    let files = Files::new();
+    let (dir, texts) = (model().display().to_string(), files.path("texts.txt"));
+    let models = ["--model", &dir, "--precision", "f32", "--reference", &dir];
+    let report = json(&[&["eval", "--json", "--max-input-length", "6", "--texts", &texts], &models[..]].concat());
+    let cosine = report["fidelity"]["min"].as_f64().unwrap();
+    assert!((cosine - 1.0).abs() < 1e-6, "f32 against itself: {cosine}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused_with_its_line() {
     let files = Files::new();
     let model = model().display().to_string();

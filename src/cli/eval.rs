@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
-use super::args::{EvalArgs, Precision};
+use super::args::{EvalArgs, ModelArgs, Precision};
 use super::progress::Bars;
 use super::subject::{Named, Subject, speed_line};
 use super::tasks::Tasks;
@@ -23,7 +23,13 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         bail!("--texts is compared with another model: give --reference DIR");
     }
     let n_workers = if args.speed { players::n_threads(&args.model) } else { 1 };
-    let named = |named: &Named, precision| named.args(precision, args.model.threads, args.model.isa.as_deref());
+    // All are asked the same texts, cut at the same length; with --attention, what is longer than the others can read is for the
+    // model alone.
+    let max_input_length = args.model.max_input_length.filter(|_| args.model.attention.is_none());
+    let named = |named: &Named, precision| ModelArgs {
+        max_input_length,
+        ..named.args(precision, args.model.threads, args.model.isa.as_deref())
+    };
     let mut subject = Subject::open(&args.model, n_workers)?;
     let mut other = match &args.against {
         Some(dir) => Some(Subject::open(&named(dir, Precision::Int8), n_workers).context("--against")?),
