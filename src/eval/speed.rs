@@ -120,30 +120,27 @@ pub struct Pass {
     pub wall: f64,
 }
 
-/// Plays all batches once; with several workers each takes the next batch that is left, on a thread of its own. A lone worker plays on
-/// the caller's, so that passes that follow each other find everything as warm as the calls of one pass do.
+/// Plays all batches once; with several workers each takes the next batch that is left. The first plays on the caller's thread, so that
+/// passes of a lone worker find everything as warm as calls that follow each other do.
 ///
 /// # Errors
 /// If the model fails.
 ///
 /// # Panics
-/// If the model does.
+/// If the model does, or there is no worker.
 pub fn play(workers: &mut [Box<dyn Forward>], batches: &[RaggedBatch]) -> Result<Pass, ModelError> {
     let next = AtomicUsize::new(0);
     let started = Instant::now();
-    let samples = if let [worker] = workers {
-        play_next(worker.as_mut(), batches, &next)?
-    } else {
-        std::thread::scope(|scope| {
-            let play = |worker: &mut Box<dyn Forward>| play_next(worker.as_mut(), batches, &next);
-            let threads: Vec<_> = workers.iter_mut().map(|worker| scope.spawn(move || play(worker))).collect();
-            let mut samples = Vec::new();
-            for thread in threads {
-                samples.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-            }
-            Ok::<_, ModelError>(samples)
-        })?
-    };
+    let (first, others) = workers.split_first_mut().expect("somebody plays");
+    let samples = std::thread::scope(|scope| {
+        let play = |worker: &mut Box<dyn Forward>| play_next(worker.as_mut(), batches, &next);
+        let threads: Vec<_> = others.iter_mut().map(|worker| scope.spawn(move || play(worker))).collect();
+        let mut samples = play(first)?;
+        for thread in threads {
+            samples.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok::<_, ModelError>(samples)
+    })?;
     Ok(Pass { samples, wall: started.elapsed().as_secs_f64() })
 }
 

@@ -112,18 +112,18 @@ unsafe fn steps<P: Products>(columns: &Columns<'_>, step: *mut f32, inverse: *mu
     }
 }
 
-/// Dimensions `j..j + LANES` of what a slot holds: a key or value, or the mean of several; 0 in a gap.
+/// A vector of what a slot holds: a key or value, or the mean of several; 0 in a gap. `read` reads that of a token.
 #[inline(always)]
-unsafe fn read_slot<S: Simd>(columns: &Columns<'_>, keys: &Range<usize>, j: usize) -> S::F {
+unsafe fn read_slot<S: Simd>(read: &impl Fn(usize) -> S::F, keys: &Range<usize>) -> S::F {
     // SAFETY: positions are in the sequence.
     unsafe {
         match keys.len() {
             0 => S::splat(0.0),
-            1 => columns.read::<S>(keys.start, j),
+            1 => read(keys.start),
             n => {
                 let mut sum = S::splat(0.0);
                 for position in keys.clone() {
-                    sum = S::add(sum, columns.read::<S>(position, j));
+                    sum = S::add(sum, read(position));
                 }
                 #[allow(clippy::cast_precision_loss, reason = "blocks are far below 2^24")]
                 let share = S::splat(1.0 / n as f32);
@@ -153,56 +153,28 @@ pub(in crate::kernels::arch) unsafe fn pack<P: Products>(head: &Head<'_>, packed
         let code = |x: <P::S as Simd>::F, inverse: *const f32| {
             if P::GROUP > 1 { P::S::mul(x, P::S::load(inverse)) } else { x }
         };
-        let whole = key_columns.are_whole::<P::S>() && value_columns.are_whole::<P::S>();
         for block in 0..n_slots / KEY_BLOCK {
             let first = block * KEY_BLOCK;
-            let natural = head.slots.natural && first + KEY_BLOCK <= head.len;
-            if natural && whole {
-                let values = values.add(first / P::GROUP * d);
-                let mut j = 0;
-                while j < d {
-                    let key = key_columns.start(j).add(first * PANEL);
-                    for index in 0..KEY_BLOCK {
-                        let x = code(P::S::load_half(key.add(index * PANEL)), key_inverse.add(j));
-                        P::store_key(rows.add(index * n_groups), j, x);
-                    }
-                    let value = value_columns.start(j).add(first * PANEL);
-                    for index in 0..KEY_BLOCK / P::GROUP {
-                        let mut x = [P::S::splat(0.0); 4];
-                        for g in 0..P::GROUP {
-                            let at = value.add((index * P::GROUP + g) * PANEL);
-                            x[g] = code(P::S::load_half(at), value_inverse.add(j));
-                        }
-                        P::store_values(values.add(index * d + j), x);
-                    }
-                    j += P::S::LANES;
-                }
-            } else {
-                let held: [Range<usize>; KEY_BLOCK] = std::array::from_fn(|index| match natural {
-                    true => first + index..first + index + 1,
-                    false => head.slots.keys(first + index, head.len),
-                });
+            let values = values.add(first / P::GROUP * d);
+            let held: [Range<usize>; KEY_BLOCK] = match head.slots.natural && first + KEY_BLOCK <= head.len {
+                true => std::array::from_fn(|index| first + index..first + index + 1),
+                false => std::array::from_fn(|index| head.slots.keys(first + index, head.len)),
+            };
+            let mut j = 0;
+            while j < d {
+                let (key, value) = (key_columns.vector::<P::S>(j), value_columns.vector::<P::S>(j));
                 for (index, held) in held.iter().enumerate() {
-                    let row = rows.add(index * n_groups);
-                    let mut j = 0;
-                    while j < d {
-                        let x = read_slot::<P::S>(&key_columns, held, j);
-                        P::store_key(row, j, code(x, key_inverse.add(j)));
-                        j += P::S::LANES;
-                    }
+                    let x = code(read_slot::<P::S>(&key, held), key_inverse.add(j));
+                    P::store_key(rows.add(index * n_groups), j, x);
                 }
                 for (index, group) in held.chunks_exact(P::GROUP).enumerate() {
-                    let to = values.add((block * KEY_BLOCK / P::GROUP + index) * d);
-                    let mut j = 0;
-                    while j < d {
-                        let mut x = [P::S::splat(0.0); 4];
-                        for g in 0..P::GROUP {
-                            x[g] = code(read_slot::<P::S>(&value_columns, &group[g], j), value_inverse.add(j));
-                        }
-                        P::store_values(to.add(j), x);
-                        j += P::S::LANES;
+                    let mut x = [P::S::splat(0.0); 4];
+                    for g in 0..P::GROUP {
+                        x[g] = code(read_slot::<P::S>(&value, &group[g]), value_inverse.add(j));
                     }
+                    P::store_values(values.add(index * d + j), x);
                 }
+                j += P::S::LANES;
             }
             let to = keys.add(block * n_groups * KEY_BLOCK);
             for group in (0..n_groups).step_by(8) {
