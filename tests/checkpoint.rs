@@ -42,6 +42,13 @@ fn a_band_tiles_positions_and_without_one_the_length_is_refused() {
     let positions = checkpoint.architecture().positions;
     assert!(positions.tiled);
     assert_eq!((positions.row(15), positions.row(16), positions.row(99)), (15, 0, 3));
+    // Full attention never sees a position twice, however it is asked for.
+    options.band = Some(Band::FULL);
+    let error = Checkpoint::open_with(dir.path(), &options).unwrap_err();
+    assert!(error.to_string().contains("max_input_tokens"), "{error}");
+    options.max_input_tokens = None;
+    let full = Checkpoint::open_with(dir.path(), &options).unwrap();
+    assert!(!full.architecture().positions.tiled && full.architecture().max_input_tokens == 12);
 }
 
 #[test]
@@ -252,6 +259,24 @@ fn an_artefact_appears_whole_or_not_at_all() {
     building.commit().unwrap();
     assert!(!target.join("sub").exists() && target.join("b.txt").exists());
     assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_place_that_cannot_be_had_is_known_before_the_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("models/source");
+    fs::create_dir_all(&source).unwrap();
+    fs::write(source.join("config.json"), "{}").unwrap();
+    let check = |target: &Path| ArtefactDir::check_place(target, &source, true).map_err(|error| error.to_string());
+    assert_eq!(check(&dir.path().join("new/out")), Ok(()));
+    assert_eq!(check(&dir.path().join("models/other")), Ok(()));
+    for holder in [&source, &dir.path().join("models"), &source.join("../../models")] {
+        assert!(check(holder).unwrap_err().contains("holds the model"), "{holder:?}");
+    }
+    assert!(check(Path::new("..")).unwrap_err().contains("no name"));
+    assert!(check(Path::new("/proc")).unwrap_err().contains("mounted"));
+    assert!(check(Path::new("/proc/new/out")).unwrap_err().starts_with("/proc: "));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "asking leaves nothing");
 }
 
 #[test]

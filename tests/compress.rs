@@ -9,8 +9,9 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::tiny::{TinyModel, tiny_dir};
 use common::workshop::{self, entries, files, niwaki, serves, source, succeeded, write_recipe};
-use niwaki::checkpoint::Checkpoint;
+use niwaki::checkpoint::{Checkpoint, Manifest};
 
 const PRUNING: &str = r#"
 seed = 3
@@ -83,19 +84,21 @@ fn a_recipe_with_text_is_served_and_reproducible_from_what_the_artefact_carries(
     assert_ne!(files(&a)["model.safetensors"], files(&c)["model.safetensors"]);
 }
 
+/// A recipe's run on `model`, served, and what its manifest says.
+fn made(dir: &Path, name: &str, model: &Path, pruning: &str, refit: &str) -> Manifest {
+    let recipe = format!(
+        "[calibration]\ntexts = \"texts.txt\"\ntokens = 3000\n[[pass]]\nkind = \"prune-structured\"\n{pruning}\n{refit}"
+    );
+    let (out, path) = (dir.join(name), write_recipe(&dir.join("recipes"), &recipe, 600));
+    succeeded(&workshop::compress(model, &out, &["--recipe", &path]));
+    serves(&out);
+    Checkpoint::open(&out).unwrap().manifest().unwrap().clone()
+}
+
 #[test]
 fn one_budget_covers_heads_and_neurons_and_every_refit_matrix_helps() {
     let dir = tempfile::tempdir().unwrap();
-    let make = |name: &str, pruning: &str, refit: &str| {
-        let recipe = format!(
-            "[calibration]\ntexts = \"texts.txt\"\ntokens = 3000\n[[pass]]\nkind = \"prune-structured\"\n{pruning}\n\
-             {refit}"
-        );
-        let (out, path) = (dir.path().join(name), write_recipe(&dir.path().join("recipes"), &recipe, 600));
-        succeeded(&compress(&out, &["--recipe", &path]));
-        serves(&out);
-        Checkpoint::open(&out).unwrap().manifest().unwrap().clone()
-    };
+    let make = |name: &str, pruning: &str, refit: &str| made(dir.path(), name, &source(), pruning, refit);
     let outputs = "[[pass]]\nkind = \"reconstruct\"\n";
     let all = "[[pass]]\nkind = \"reconstruct\"\nmatrices = \"all\"\n";
     // A head of 16 is a twelfth of the multiply-accumulates of three layers of 64 neurons.
@@ -105,15 +108,35 @@ fn one_budget_covers_heads_and_neurons_and_every_refit_matrix_helps() {
     let by_bytes = make("bytes", "share = 0.2\nof = \"bytes\"", "");
     let (before, after) = by_bytes.pruning.clone().unwrap().macs_per_token;
     assert!(after < before);
-    // Times of so small layers are noise; something goes all the same, and never everything.
-    let by_time = make("time", "share = 0.1\nof = \"latency\"", "");
-    assert!(by_time.pruning.unwrap().heads.iter().all(|&(_, heads)| heads >= 1));
 
-    let cosine = |manifest: niwaki::checkpoint::Manifest| manifest.quality.unwrap().cosine_mean;
+    let cosine = |manifest: Manifest| manifest.quality.unwrap().cosine_mean;
     let plain = cosine(make("plain", "share = 0.2", ""));
     let outputs = cosine(make("outputs", "share = 0.2", outputs));
     let all = cosine(by_macs);
     assert!(plain < outputs && outputs < all, "{plain} {outputs} {all}");
+}
+
+#[test]
+fn a_budget_of_measured_time_narrows_what_takes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    // Sixteen panels of neurons, most of a layer's time on any machine: noise does not decide whether there is a plan.
+    let wide = tiny_dir(&TinyModel { d_model: 64, n_heads: 4, d_ffn: 1024, vocab_size: 40, ..TinyModel::default() });
+    let pruning = made(dir.path(), "time", wide.path(), "share = 0.2\nof = \"latency\"", "").pruning.unwrap();
+    let (before, after) = pruning.macs_per_token;
+    assert!(after < before, "{pruning:?}");
+    assert!(pruning.heads.iter().all(|&(_, heads)| heads >= 1), "{pruning:?}");
+    assert!(pruning.ffn.iter().all(|&(_, neurons)| neurons >= 64), "{pruning:?}");
+    assert!(pruning.ffn.iter().any(|&(was, neurons)| neurons < was), "{pruning:?}");
+
+    // What no shape can meet is said, after measuring, and leaves nothing.
+    let share =
+        "[calibration]\ntexts = \"texts.txt\"\n[[pass]]\nkind = \"prune-structured\"\nshare = 0.9\nof = \"latency\"\n";
+    let recipe = write_recipe(&dir.path().join("recipes"), share, 60);
+    let out = dir.path().join("impossible");
+    let refused = compress(&out, &["--recipe", &recipe]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("0.9 of the measured time cannot be met"), "{said}");
+    assert!(!out.exists());
 }
 
 const FOUR_BITS: &str = r#"
@@ -137,7 +160,7 @@ format = "nf4"
 bits = 4
 per = "group"
 group_size = 16
-weighting = "fisher"
+weighting = "inputs"
 [[pass]]
 kind = "quantize"
 group = "ffn"
@@ -165,7 +188,7 @@ fn four_bits_of_every_kind_are_stored_served_and_reproducible() {
     assert_eq!(manifest.schemes["attention.weight"], "codebook4-per-group");
     // Rounded to the nearest without weights, compensation or corrected biases it is worse.
     let plain = FOUR_BITS.replace("compensate = \"gptq\"\nrefit = true\n", "").replace("compensate = \"gptq\"\n", "");
-    let plain = plain.replace("weighting = \"fisher\"\n", "").replace("[[pass]]\nkind = \"correct-bias\"\n", "");
+    let plain = plain.replace("weighting = \"inputs\"\n", "").replace("[[pass]]\nkind = \"correct-bias\"\n", "");
     fs::write(&recipe, plain).unwrap();
     let c = dir.path().join("c");
     succeeded(&compress(&c, &["--recipe", &recipe]));
@@ -201,6 +224,32 @@ fn mixed_precision_meets_its_budget() {
     let path = write_recipe(&dir.path().join("recipes"), &recipe(&format!("megabytes = {}", budget * 0.5)), 600);
     let refused = compress(&dir.path().join("none"), &["--recipe", &path]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("cannot be met"));
+}
+
+#[test]
+fn a_pattern_of_flags_is_a_pass_and_measured_against_the_model_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    succeeded(&compress(&a, &["--attention", "window=1", "--max-input-length", "60"]));
+    serves(&a);
+    let pass = "[[pass]]\nkind = \"attention\"\npattern = \"window=1\"\nmax_input_length = 60\n[[pass]]\nkind = \"quantize\"\n";
+    let recipe = write_recipe(&dir.path().join("recipes"), pass, 1);
+    succeeded(&compress(&b, &["--recipe", &recipe]));
+    assert_eq!(files(&a), files(&b));
+    let quality = Checkpoint::open(&a).unwrap().manifest().unwrap().quality.clone().unwrap();
+    assert!(quality.cosine_min < 0.99, "what the window costs is told: {quality:?}");
+    // Before the passes of a file as well; what is impossible is named by its flag.
+    let after = write_recipe(&dir.path().join("recipes"), "[[pass]]\nkind = \"quantize\"\n", 1);
+    let both = dir.path().join("both");
+    succeeded(&compress(&both, &["--recipe", &after, "--attention", "window=1", "--max-input-length", "60"]));
+    assert_eq!(files(&a)["model.safetensors"], files(&both)["model.safetensors"]);
+    let refused =
+        compress(&dir.path().join("c"), &["--recipe", &after, "--attention", "full", "--max-input-length", "60"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        refused.status.code() == Some(2) && said.contains("--max-input-length") && said.contains("24 positions"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -125,6 +125,14 @@ pub enum CheckpointError {
     /// The target of a write exists.
     #[error("{}: exists already", .0.display())]
     TargetExists(PathBuf),
+    /// The target of a write is a place that cannot be replaced as a whole.
+    #[error("{}: {reason}", path.display())]
+    Target {
+        /// The target.
+        path: PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
     /// The declared architecture is impossible.
     #[error("config.json: {0}")]
     Model(#[from] ModelError),

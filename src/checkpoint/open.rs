@@ -418,15 +418,22 @@ fn override_architecture(architecture: &Architecture, options: &OpenOptions) -> 
     if let Some(pooling) = options.pooling.filter(|_| spec.head.is_none()) {
         spec.pooling = pooling;
     }
-    if let Some(limit) = options.max_input_tokens {
-        spec.max_input_tokens = limit;
-    }
     if let Some(band) = options.band {
         for layer in &mut spec.layers {
             layer.band = band;
         }
-        // Positions may only be tiled where attention is banded: full attention over tiled positions was never trained.
-        spec.positions.tiled |= spec.max_input_tokens > spec.positions.usable();
+    }
+    // Positions may only be tiled where attention is banded: full attention over tiled positions was never trained.
+    let usable = spec.positions.usable();
+    match options.band {
+        Some(Band::FULL) => {
+            spec.positions.tiled = false;
+            spec.max_input_tokens = options.max_input_tokens.unwrap_or(spec.max_input_tokens.min(usable));
+        }
+        band => {
+            spec.max_input_tokens = options.max_input_tokens.unwrap_or(spec.max_input_tokens);
+            spec.positions.tiled |= band.is_some() && spec.max_input_tokens > usable;
+        }
     }
     Ok(Architecture::new(spec)?)
 }

@@ -102,11 +102,31 @@ impl ArtefactDir {
             _ => Path::new("."),
         };
         fs::create_dir_all(parent).map_err(CheckpointError::io(parent))?;
-        let building = tempfile::Builder::new()
-            .prefix(".niwaki-building-")
-            .tempdir_in(parent)
-            .map_err(CheckpointError::io(parent))?;
-        Ok(Self { building, target: target.to_owned(), force })
+        Ok(Self { building: folder_in(parent)?, target: target.to_owned(), force })
+    }
+
+    /// Whether an artefact made of `source` can be put at `target`, as far as that can be known before the work.
+    ///
+    /// # Errors
+    /// As [`ArtefactDir::check_target`]; if `target` could not be replaced by a rename, or replacing it would remove `source`.
+    pub fn check_place(target: &Path, source: &Path, force: bool) -> Result<(), CheckpointError> {
+        Self::check_target(target, force)?;
+        let refuse = |reason| Err(CheckpointError::Target { path: target.to_owned(), reason });
+        if target.file_name().is_none() {
+            return refuse("is no name for a new directory");
+        }
+        let absolute = std::path::absolute(target).map_err(CheckpointError::io(target))?;
+        if let (Ok(target), Ok(source)) = (target.canonicalize(), source.canonicalize()) {
+            if source.starts_with(&target) {
+                return refuse("holds the model that is to be compressed");
+            }
+            if is_mount(&target) {
+                return refuse("is where a file system is mounted; give a directory inside it");
+            }
+        }
+        // The folder may have to be made first: then the nearest that exists has to let it be.
+        let existing = absolute.ancestors().skip(1).find(|dir| dir.exists());
+        existing.map_or(Ok(()), |dir| folder_in(dir).map(drop))
     }
 
     /// Whether an artefact may be put at `target`.
@@ -172,6 +192,25 @@ impl ArtefactDir {
         }
         Ok(self.target)
     }
+}
+
+/// A folder that is not there any more when it is dropped.
+fn folder_in(parent: &Path) -> Result<tempfile::TempDir, CheckpointError> {
+    let mut name = tempfile::Builder::new();
+    name.prefix(".niwaki-building-").tempdir_in(parent).map_err(CheckpointError::io(parent))
+}
+
+/// Whether a directory is on another file system than the one that it stands in; it can then not be renamed.
+#[cfg(unix)]
+fn is_mount(dir: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = |dir: &Path| fs::metadata(dir).ok().map(|about| about.dev());
+    dir.parent().is_some_and(|parent| device(parent) != device(dir))
+}
+
+#[cfg(not(unix))]
+fn is_mount(_dir: &Path) -> bool {
+    false
 }
 
 /// Temporary directories are private to their owner; an artefact is as readable as any directory.

@@ -3,7 +3,10 @@
 use super::args::CompressArgs;
 use super::model::max_input_tokens;
 use super::progress::Bars;
-use crate::compress::{CompressRequest, Outcome, Progress, PruneStructured, Quantize, Recipe, Reconstruct, compress};
+use crate::compress::{
+    Attention, AttentionPattern, CompressRequest, Outcome, Progress, PruneStructured, Quantize, Recipe, Reconstruct,
+    compress,
+};
 use crate::exec::Runtime;
 use crate::kernels::Isa;
 use crate::telemetry::process;
@@ -42,6 +45,15 @@ fn recipe(args: &CompressArgs) -> anyhow::Result<Recipe> {
             recipe
         }
     };
+    if let Some(band) = args.attention {
+        // The first pass, not a way to open the source: what comes out is measured against the model as it was.
+        let pattern = Attention {
+            pattern: AttentionPattern(band),
+            layers: None,
+            max_input_length: max_input_tokens(args.attention, args.max_input_length),
+        };
+        recipe.begin_with(pattern, &[("max_input_length", "--max-input-length")]);
+    }
     if let Some(texts) = &args.calibration {
         recipe.calibration.texts = Some(texts.clone());
     }
@@ -59,8 +71,7 @@ pub(super) fn run(args: &CompressArgs) -> anyhow::Result<()> {
         force: args.force,
         name: args.name.clone(),
         speed: args.speed,
-        band: args.attention,
-        max_input_tokens: max_input_tokens(args.attention, args.max_input_length),
+        max_input_tokens: args.max_input_length.filter(|_| args.attention.is_none()),
         ..CompressRequest::new(&args.model, &args.out, recipe(args)?)
     };
     let runtime = Runtime::new(Isa::detect(), process::available_cpus())?;

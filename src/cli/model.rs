@@ -15,9 +15,9 @@ use crate::model::{Band, Pooling};
 /// With a band, inputs may be longer than the model's position table; this is the limit unless a flag sets one.
 pub(super) const DEFAULT_BANDED_INPUT: usize = 8_192;
 
-/// Longest input for a model that runs under `band`.
+/// Longest input for a model that runs under `band`; `full` reads as many tokens as the model says.
 pub(super) fn max_input_tokens(band: Option<Band>, flag: Option<usize>) -> Option<usize> {
-    flag.or(band.map(|_| DEFAULT_BANDED_INPUT))
+    flag.or(band.filter(|band| *band != Band::FULL).map(|_| DEFAULT_BANDED_INPUT))
 }
 
 /// Opens the one model that the flags name.

@@ -70,6 +70,17 @@ pub struct Step {
     flags: &'static [(&'static str, &'static str)],
 }
 
+impl Step {
+    fn of_flags(pass: Pass, flags: &'static [(&'static str, &'static str)]) -> Self {
+        Self { pass, line: 0, fields: BTreeMap::new(), flags }
+    }
+
+    /// Its line in the recipe's file, or that of a field; `None` for a pass that flags made.
+    fn line(&self, field: &str) -> Option<usize> {
+        self.fields.get(field).copied().or((self.line > 0).then_some(self.line))
+    }
+}
+
 /// Line of a byte, from 1.
 fn line_of(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
@@ -103,7 +114,12 @@ impl Recipe {
 
     /// Adds a pass whose fields were set by flags: `(field, flag)`.
     pub fn push(&mut self, pass: impl Into<Pass>, flags: &'static [(&'static str, &'static str)]) {
-        self.steps.push(Step { pass: pass.into(), line: 0, fields: BTreeMap::new(), flags });
+        self.steps.push(Step::of_flags(pass.into(), flags));
+    }
+
+    /// Puts a pass of flags before all others, those of a file included.
+    pub fn begin_with(&mut self, pass: impl Into<Pass>, flags: &'static [(&'static str, &'static str)]) {
+        self.steps.insert(0, Step::of_flags(pass.into(), flags));
     }
 
     /// Reads a recipe.
@@ -230,10 +246,10 @@ impl Recipe {
     fn refusal(&self, step: &Step, refusal: &Refusal) -> CompressError {
         let flag = step.flags.iter().find(|(field, _)| *field == refusal.field).map(|(_, flag)| *flag);
         let named = if refusal.field.is_empty() { String::new() } else { format!("{}: ", refusal.field) };
-        match (&self.file, flag) {
-            (Some(file), _) => CompressError::Recipe {
+        match (self.file.as_ref().zip(step.line(refusal.field)), flag) {
+            (Some((file, line)), _) => CompressError::Recipe {
                 file: file.clone(),
-                line: step.fields.get(refusal.field).copied().unwrap_or(step.line),
+                line,
                 reason: format!("{}: {named}{}", step.pass.kind(), refusal.reason),
             },
             (None, Some(flag)) => CompressError::Setting { setting: flag.to_owned(), reason: refusal.reason.clone() },
@@ -246,13 +262,14 @@ impl Recipe {
 
     /// An error of a running pass with its place in the recipe, when it is about a setting.
     pub(super) fn located(&self, step: &Step, error: CompressError) -> CompressError {
-        match (error, &self.file) {
-            (CompressError::Setting { setting, reason }, Some(file)) => CompressError::Recipe {
+        let CompressError::Setting { setting, reason } = error else { return error };
+        match self.file.as_ref().zip(step.line(&setting)) {
+            Some((file, line)) => CompressError::Recipe {
                 file: file.clone(),
-                line: step.fields.get(&setting).copied().unwrap_or(step.line),
+                line,
                 reason: format!("{}: {setting}: {reason}", step.pass.kind()),
             },
-            (error, _) => error,
+            None => CompressError::Setting { setting, reason },
         }
     }
 

@@ -21,7 +21,7 @@ use crate::checkpoint::{
 use crate::eval::{Contender, Encode, SpeedSettings, compare, encoder, made_up_sequences, measure_speed};
 use crate::exec::cost::linear_macs_per_token;
 use crate::exec::{Runtime, candle_model};
-use crate::model::{Architecture, Band, Forward, LayerConfig};
+use crate::model::{Architecture, Forward, LayerConfig};
 use crate::text::Tokenizer;
 
 /// Texts kept apart from calibration to measure the result on.
@@ -40,8 +40,6 @@ pub struct CompressRequest {
     pub name: Option<String>,
     /// What to do.
     pub recipe: Recipe,
-    /// A band for every layer.
-    pub band: Option<Band>,
     /// Longest input in tokens (default: the source's).
     pub max_input_tokens: Option<usize>,
     /// Whether the report tells the speed on this machine; its bytes then differ from run to run.
@@ -58,7 +56,6 @@ impl CompressRequest {
             force: false,
             name: None,
             recipe,
-            band: None,
             max_input_tokens: None,
             speed: false,
         }
@@ -73,9 +70,6 @@ impl CompressRequest {
         }
         if let Some(name) = &self.name {
             words.push(format!("--name {name}"));
-        }
-        if let Some(band) = &self.band {
-            words.push(format!("--attention {band}"));
         }
         if let Some(limit) = self.max_input_tokens {
             words.push(format!("--max-input-length {limit}"));
@@ -110,9 +104,8 @@ pub fn compress(
     progress: &dyn Progress,
 ) -> Result<Outcome, CompressError> {
     let recipe = &request.recipe;
-    ArtefactDir::check_target(&request.out, request.force)?;
-    let options =
-        OpenOptions { band: request.band, max_input_tokens: request.max_input_tokens, ..OpenOptions::default() };
+    ArtefactDir::check_place(&request.out, &request.model, request.force)?;
+    let options = OpenOptions { max_input_tokens: request.max_input_tokens, ..OpenOptions::default() };
     let source = Checkpoint::open_with(&request.model, &options)?;
     if source.manifest().is_some() {
         return Err(CompressError::AlreadyCompressed(request.model.clone()));

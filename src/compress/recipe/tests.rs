@@ -61,6 +61,10 @@ fn every_mistake_names_its_line() {
         ("[[pass]]\nkind = \"correct-bias\"\n", 1, "after"),
         ("[[pass]]\nkind = \"quantize\"\nbits = 8\nformat = \"nf4\"\n", 3, "linear"),
         ("[[pass]]\nkind = \"quantize\"\nbits = 4\nper = \"group\"\ngroup_size = 4\n", 5, "4 is not"),
+        (&format!("{quantize}weighting = \"inputs\"\n"), 3, "mse"),
+        (&format!("{quantize}bits = 4\nsymmetric = false\nweighting = \"inputs\"\n"), 5, "without weights"),
+        (&format!("{quantize}bits = 4\ngroup = \"ffn\"\nweighting = \"fisher\"\n"), 5, "k-means"),
+        (&format!("{quantize}bits = 4\nformat = \"nf4\"\ntable_reach = 32\n"), 5, "kmeans"),
         ("[[pass]]\nkind = \"mixed-precision\"\nloss = 0.1\nmegabytes = 3\n", 3, "one budget"),
         ("[[pass]]\nkind = \"mixed-precision\"\n\nmegabytes = 0.001\n", 4, "cannot be met"),
     ] {

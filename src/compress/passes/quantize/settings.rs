@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::Refusal;
 use crate::compress::rounding::RangeMethod;
-use crate::compress::slots::Group;
+use crate::compress::slots::{Group, MatrixSlot};
 use crate::model::Architecture;
 
 /// What the levels of a stored number are.
@@ -182,6 +182,7 @@ impl Quantize {
         if self.format == Format::Kmeans && self.range() != RangeMethod::Mse {
             return Err(Refusal::new("range", "k-means finds its scales by mse"));
         }
+        self.refuse_idle_settings()?;
         if self.compensate == Compensate::Gptq && self.per == Per::Tensor {
             return Err(Refusal::new("compensate", "gptq needs a scale per channel or group"));
         }
@@ -199,5 +200,28 @@ impl Quantize {
         }
         positive("ridge", self.ridge)?;
         positive("refit_ridge", self.refit_ridge)
+    }
+
+    /// Refuses what would be measured and then change nothing.
+    fn refuse_idle_settings(&self) -> Result<(), Refusal> {
+        if self.weighting != Weighting::None {
+            if self.range() != RangeMethod::Mse {
+                return Err(Refusal::new("weighting", "weighs errors, which only range = \"mse\" looks at"));
+            }
+            if !self.symmetric {
+                return Err(Refusal::new("weighting", "levels with an offset are found without weights"));
+            }
+        }
+        // A factor for a whole row of a linear layer moves neither its range nor its codes; a table is shared by all rows.
+        let tables_learnt = self.format == Format::Kmeans;
+        if self.weighting == Weighting::Fisher && !tables_learnt && !self.group.contains(MatrixSlot::Word) {
+            let reason =
+                "fisher weighs the rows of linear layers, which only a table that they share (k-means) can heed";
+            return Err(Refusal::new("weighting", reason));
+        }
+        if self.table_reach != Self::default().table_reach && !tables_learnt {
+            return Err(Refusal::new("table_reach", "is a setting of format = \"kmeans\""));
+        }
+        Ok(())
     }
 }
