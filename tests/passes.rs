@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use common::workshop::{compress, entries, files, niwaki, serves, source, succeeded, write_recipe};
-use niwaki::checkpoint::{Checkpoint, Manifest};
+use niwaki::checkpoint::{Checkpoint, Manifest, TensorGroup};
 
 const CALIBRATION: &str = "[calibration]\ntexts = \"texts.txt\"\ntokens = 4000\n";
 
@@ -37,7 +37,12 @@ fn make(passes: &str) -> Made {
     let dir = tempfile::tempdir().unwrap();
     let recipe = write_recipe(&dir.path().join("here"), &format!("{CALIBRATION}{passes}"), 600);
     let said = succeeded(&compress(&source(), &dir.path().join("a"), &["--recipe", &recipe]));
-    let manifest = Checkpoint::open(&dir.path().join("a")).unwrap().manifest().unwrap().clone();
+    let artefact = Checkpoint::open(&dir.path().join("a")).unwrap();
+    let manifest = artefact.manifest().unwrap().clone();
+    // Whatever form a matrix is stored in, its bytes are found where it is.
+    let inventory = artefact.inventory().unwrap();
+    assert!(inventory.matrices.iter().all(|matrix| matrix.bytes > 0), "{passes}: {:?}", inventory.matrices);
+    assert!(inventory.groups.iter().all(|size| size.group != TensorGroup::Unused), "{passes}: {:?}", inventory.groups);
     Made { dir, said, manifest }
 }
 
@@ -169,6 +174,9 @@ fn layers_go_whole_and_what_they_did_is_made_up_for() {
     assert_eq!(config["num_hidden_layers"], 2);
     let refitted = made(&(pass("drop-layers", "layers = [1]") + &pass("reconstruct", "")));
     assert!(refitted.cosine() > dropped.cosine(), "{} {}", refitted.cosine(), dropped.cosine());
+    // What is gone counts whether the fit aims at the stream or at the branch.
+    let branch = made(&(pass("drop-layers", "layers = [1]") + &pass("reconstruct", "target = \"branch\"")));
+    assert!(branch.cosine() > dropped.cosine(), "{} {}", branch.cosine(), dropped.cosine());
     // The layer that is missed least, on other texts than those that are measured on here.
     let chosen = made(&pass("drop-layers", "count = 1"));
     assert_eq!(chosen.open().architecture().layers.len(), 2);

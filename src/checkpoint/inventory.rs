@@ -241,8 +241,12 @@ impl Checkpoint {
         }
         for (layer, config) in spec.layers.iter().enumerate() {
             for (slot, role, group) in slots(layer) {
+                // Each module's own tensors, or those of all in one, which have a name of their own where they are several.
                 let modules = hf_names::linear_modules(spec.family, slot);
-                let bytes = modules.iter().map(|module| self.bytes_under(&format!("{module}.weight"))).sum();
+                let mut names: Vec<String> = modules.iter().map(|module| format!("{module}.weight")).collect();
+                names.push(hf_names::whole_weight(spec.family, slot));
+                names.dedup();
+                let bytes = names.iter().map(|name| self.bytes_under(name)).sum();
                 add(group, Some(layer), role, slot.shape(config, width), &self.linear(slot)?.weight, bytes);
             }
         }

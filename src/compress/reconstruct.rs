@@ -173,7 +173,9 @@ pub fn reconstruct(
                 if dense_layer == origin {
                     traces.push(trace);
                 } else if dense_layer == last {
-                    traces[index].ffn = trace.ffn;
+                    // All that is gone as one branch, which starts at the stream that the kept layer's own starts at.
+                    let ffn = &mut traces[index].ffn;
+                    ffn.output = ((trace.ffn.output + trace.ffn.residual)? - &ffn.residual)?;
                 }
                 progress.advanced(1);
             }
