@@ -158,6 +158,25 @@ fn a_reference_reads_texts_cut_at_the_same_length() {
     let report = json(&[&["eval", "--json", "--max-input-length", "6", "--texts", &texts], &models[..]].concat());
     let cosine = report["fidelity"]["min"].as_f64().unwrap();
     assert!((cosine - 1.0).abs() < 1e-6, "f32 against itself: {cosine}");
+
+    // A model that reads less than the other: what both read is compared, whichever is the reference.
+    let short = files.path("short");
+    let made = niwaki(&["compress", "--model", &dir, "--out", &short, "--max-input-length", "6"]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for (model, reference) in [(&short, &dir), (&dir, &short)] {
+        let report = json(&["eval", "--json", "--model", model, "--texts", &texts, "--reference", reference]);
+        assert!(report["fidelity"]["min"].as_f64().unwrap() > 0.99, "{report}");
+        assert_eq!(report["fidelity_max_tokens"], 6);
+    }
+    let report = json(&["compare", "--json", "--no-speed", "--texts", &texts, &dir, &short]);
+    assert!(report["models"][1]["measured"]["fidelity"]["min"].as_f64().unwrap() > 0.99, "{report}");
+}
+
+#[test]
+fn a_benchmark_needs_no_input_whatever_the_vocabulary() {
+    let dir = model().display().to_string();
+    let report = json(&["bench", "--json", "--model", &dir, "--length", "18", "--rounds", "2", "--warmup", "0"]);
+    assert!(report["tokens_per_s"].as_f64().unwrap() > 0.0, "{report}");
 }
 
 #[test]

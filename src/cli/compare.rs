@@ -93,7 +93,8 @@ pub(super) fn run(args: &CompareArgs) -> anyhow::Result<()> {
         subjects.push(Subject::open(&flags, n_workers)?);
     }
     let bars = Bars::new();
-    let reference = tasks.reference(&mut subjects[0], &bars)?;
+    let (first, others) = subjects.split_first_mut().context("no model to compare")?;
+    let reference = tasks.reference(first, &*others, &bars)?;
     let mut entries = Vec::new();
     for subject in &mut subjects {
         let measured = tasks.measure(subject, reference.as_ref(), &bars).with_context(|| subject.name())?;

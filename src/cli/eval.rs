@@ -23,8 +23,8 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         bail!("--texts is compared with another model: give --reference DIR");
     }
     let n_workers = if args.speed { players::n_threads(&args.model) } else { 1 };
-    // All are asked the same texts, cut at the same length; with --attention, what is longer than the others can read is for the
-    // model alone.
+    // All are asked the same texts; with --attention, what is longer than the others can read is for the model alone (fidelity is
+    // measured on what all can read).
     let max_input_length = args.model.max_input_length.filter(|_| args.model.attention.is_none());
     let named = |named: &Named, precision| ModelArgs {
         max_input_length,
@@ -39,7 +39,7 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let reference = match &args.reference {
         Some(dir) => {
             let mut reference = Subject::open(&named(dir, Precision::F32), 1).context("--reference")?;
-            tasks.reference(&mut reference, &bars)?
+            tasks.reference(&mut reference, std::iter::once(&subject).chain(&other), &bars)?
         }
         None => None,
     };

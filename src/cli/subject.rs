@@ -97,9 +97,14 @@ impl Subject {
         }
     }
 
+    /// Tokens of the longest text that it reads whole.
+    pub(super) fn max_tokens(&self) -> usize {
+        self.checkpoint.architecture().max_input_tokens
+    }
+
     /// Text to token ids for this model.
     pub(super) fn encode(&self) -> impl Fn(&str) -> Result<Vec<u32>, EncodeError> + use<'_> {
-        encoder(&self.tokenizer, self.checkpoint.architecture().max_input_tokens)
+        encoder(&self.tokenizer, self.max_tokens())
     }
 
     /// Token ids of texts.

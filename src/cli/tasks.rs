@@ -87,6 +87,16 @@ pub(super) struct Measured {
     pub(super) retrieval: Option<Retrieval>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) fidelity: Option<Fidelity>,
+    /// Tokens at which texts were cut for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) fidelity_max_tokens: Option<usize>,
+}
+
+/// What fidelity is to: the embeddings of another model. An embedding of more text is another embedding, so both read as
+/// many tokens.
+pub(super) struct Reference {
+    rows: Embeddings,
+    max_tokens: usize,
 }
 
 /// How a model differs from another on the same tasks.
@@ -155,46 +165,56 @@ impl Tasks {
         (0..count).map(|i| texts[i * n / count]).collect()
     }
 
-    /// Embeddings of the fidelity texts.
-    pub(super) fn reference(&self, subject: &mut Subject, bars: &Bars) -> anyhow::Result<Option<Embeddings>> {
+    /// Embeddings of the fidelity texts, cut at what `subject` and all of `others` can read.
+    pub(super) fn reference<'a>(
+        &self,
+        subject: &mut Subject,
+        others: impl IntoIterator<Item = &'a Subject>,
+        bars: &Bars,
+    ) -> anyhow::Result<Option<Reference>> {
         let Some(texts) = &self.texts else { return Ok(None) };
+        let max_tokens = others.into_iter().map(Subject::max_tokens).fold(subject.max_tokens(), usize::min);
         bars.start("reference", Some(texts.len() as u64), 0, false);
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let rows = run(subject, |model, encode| embed(model, encode, &texts, |n| bars.advance(n as u64)))?;
+        let advance = |n| bars.advance(n as u64);
+        let rows = run(subject, max_tokens, |model, encode| embed(model, encode, &texts, advance))?;
         bars.finish();
-        Ok(Some(rows))
+        Ok(Some(Reference { rows, max_tokens }))
     }
 
     /// Measures a model on all tasks; fidelity is to `reference`.
     pub(super) fn measure(
         &self,
         subject: &mut Subject,
-        reference: Option<&Embeddings>,
+        reference: Option<&Reference>,
         bars: &Bars,
     ) -> anyhow::Result<Measured> {
         let mut measured = Measured::default();
+        let all = subject.max_tokens();
         let advance = |n| bars.advance(n as u64);
         if let Some(pairs) = &self.sts {
             bars.start("similarity", Some(pairs.len() as u64 * 2), 0, false);
-            measured.sts = Some(run(subject, |model, encode| sts(model, encode, pairs, self.seed, advance))?);
+            measured.sts = Some(run(subject, all, |model, encode| sts(model, encode, pairs, self.seed, advance))?);
             bars.finish();
         }
         if let Some(task) = &self.classification {
             bars.start("classification", Some(task.texts().count() as u64), 0, false);
-            let result = run(subject, |model, encode| classify(model, encode, task, self.l2, self.seed, advance))?;
+            let result = run(subject, all, |model, encode| classify(model, encode, task, self.l2, self.seed, advance))?;
             measured.classification = Some(result);
             bars.finish();
         }
         if let Some(task) = &self.retrieval {
             bars.start("retrieval", Some(task.texts().count() as u64), 0, false);
-            measured.retrieval = Some(run(subject, |model, encode| retrieve(model, encode, task, self.seed, advance))?);
+            measured.retrieval =
+                Some(run(subject, all, |model, encode| retrieve(model, encode, task, self.seed, advance))?);
             bars.finish();
         }
         if let (Some(texts), Some(reference)) = (&self.texts, reference) {
             bars.start("fidelity", Some(texts.len() as u64), 0, false);
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-            let rows = run(subject, |model, encode| embed(model, encode, &texts, advance))?;
-            measured.fidelity = Some(compare(reference, &rows)?);
+            let rows = run(subject, reference.max_tokens, |model, encode| embed(model, encode, &texts, advance))?;
+            measured.fidelity = Some(compare(&reference.rows, &rows)?);
+            measured.fidelity_max_tokens = Some(reference.max_tokens);
             bars.finish();
         }
         Ok(measured)
@@ -245,12 +265,12 @@ impl Tasks {
     }
 }
 
-/// Lends out a subject's model and its encoder.
+/// Lends out a subject's model and its encoder, which cuts texts at `max_tokens`.
 fn run<T, E: Into<anyhow::Error>>(
     subject: &mut Subject,
+    max_tokens: usize,
     with: impl FnOnce(&mut dyn crate::model::Forward, &crate::eval::Encode<'_>) -> Result<T, E>,
 ) -> anyhow::Result<T> {
-    let max_tokens = subject.checkpoint.architecture().max_input_tokens;
     let encode = crate::eval::encoder(&subject.tokenizer, max_tokens);
     let Some(worker) = subject.loaded.workers.first_mut() else { bail!("no worker was loaded") };
     with(&mut **worker, &encode).map_err(Into::into)
@@ -298,8 +318,13 @@ impl Measured {
         }
         if let Some(f) = &self.fidelity {
             line(format!(
-                "fidelity        cosine {:.5} in the mean, {:.5} at the 1st percentile, {:.5} at least, on {} texts",
-                f.mean, f.p1, f.min, f.n_texts
+                "fidelity        cosine {:.5} in the mean, {:.5} at the 1st percentile, {:.5} at least, on {} texts of up to {} \
+                 tokens",
+                f.mean,
+                f.p1,
+                f.min,
+                f.n_texts,
+                self.fidelity_max_tokens.unwrap_or_default()
             ));
         }
         text

@@ -1,5 +1,6 @@
 //! Classification: how much of a labelling can be read off the embeddings by a linear probe?
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use rand::seq::SliceRandom;
@@ -9,7 +10,7 @@ use super::EvalError;
 use super::embed::{Embeddings, Encode, embed};
 use super::logistic::{Examples, fit};
 use super::stats::{Difference, Interval, N_RESAMPLES, bootstrap, paired_difference};
-use super::table::{self, Column, ColumnNames, Layout};
+use super::table::{self, Column, ColumnNames, Layout, Row};
 use crate::model::Forward;
 
 /// Texts with their classes.
@@ -63,7 +64,7 @@ const LAYOUT: Layout = Layout {
 
 impl ClassificationTask {
     /// Reads both files: a label and a text a line, in that order where there is no header. At most `max_train` texts
-    /// of the training set are used, drawn by `seed`.
+    /// of the training set are used, drawn by `seed`, one of every class among them.
     ///
     /// # Errors
     /// Naming the line that is wrong, and a label of the test set that the training set lacks.
@@ -76,11 +77,6 @@ impl ClassificationTask {
     ) -> Result<Self, EvalError> {
         let mut rows = table::read(train_path, &LAYOUT, names)?;
         rows.retain(|row| !row.field(1).is_empty());
-        if let Some(max) = max_train.filter(|max| *max < rows.len()) {
-            rows.shuffle(&mut StdRng::seed_from_u64(seed));
-            rows.truncate(max);
-            rows.sort_by_key(|row| row.line);
-        }
         let mut classes: Vec<String> = rows.iter().map(|row| row.field(0).to_owned()).collect();
         classes.sort_unstable();
         classes.dedup();
@@ -88,6 +84,12 @@ impl ClassificationTask {
             let reason = format!("{} classes in the column of labels, at least 2 are needed", classes.len());
             let line = rows.first().map_or(1, |row| row.line);
             return Err(EvalError::Line { path: train_path.to_owned(), line, reason });
+        }
+        if let Some(max) = max_train.filter(|max| *max < rows.len()) {
+            if max < classes.len() {
+                return Err(EvalError::Draw { path: train_path.to_owned(), max, n_classes: classes.len() });
+            }
+            rows = draw(rows, max, seed);
         }
         let number = |label: &str| classes.binary_search_by(|class| class.as_str().cmp(label));
         let mut train = Labelled::default();
@@ -115,6 +117,23 @@ impl ClassificationTask {
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         self.train.texts.iter().chain(&self.test.texts).map(String::as_str)
     }
+}
+
+/// `max` of the rows at random, among them one of every class; in the order of the file.
+fn draw(mut rows: Vec<Row>, max: usize, seed: u64) -> Vec<Row> {
+    rows.shuffle(&mut StdRng::seed_from_u64(seed));
+    let mut seen = BTreeSet::new();
+    let firsts: Vec<bool> = rows.iter().map(|row| seen.insert(row.field(0).to_owned())).collect();
+    let mut others_left = max.saturating_sub(seen.len());
+    let mut firsts = firsts.into_iter();
+    rows.retain(|_| {
+        let first = firsts.next().unwrap_or_default();
+        let other = !first && others_left > 0;
+        others_left -= usize::from(other);
+        first || other
+    });
+    rows.sort_by_key(|row| row.line);
+    rows
 }
 
 /// Fits multinomial logistic regression on the embeddings of the training texts and applies it to those of the test
@@ -237,6 +256,11 @@ mod tests {
         assert_eq!(task.texts().count(), 4);
         let many: String = (0..50).map(|i| format!("{}\ttext {i}\n", i % 2)).collect();
         assert_eq!(read(&many, "0,a\n1,b\n", Some(20)).unwrap().train.texts.len(), 20);
+        // Rare classes are drawn all the same, as the test set asks for them.
+        let rare: String = (0..50).map(|i| format!("{}\ttext {i}\n", if i < 5 { i } else { 5 })).collect();
+        let task = read(&rare, "0,a\n4,b\n5,c\n", Some(6)).unwrap();
+        assert_eq!((task.classes.len(), task.train.texts.len()), (6, 6));
+        assert!(read(&rare, "0,a\n1,b\n", Some(5)).unwrap_err().contains("train.tsv: 5 texts of 6 classes"));
         let error = read("no\ta\nyes\tb\n", "yes,c\nmaybe,d\n", None).unwrap_err();
         assert!(error.contains("test.csv:2: the label `maybe` does not occur in"), "{error}");
         assert!(read("no\ta\nno\tb\n", "no,c\n", None).unwrap_err().contains("1 classes"));

@@ -46,6 +46,16 @@ pub enum EvalError {
         /// Lines needed.
         needed: usize,
     },
+    /// Fewer texts are to be drawn than there are classes.
+    #[error("{}: {max} texts of {n_classes} classes cannot be drawn, as every class needs one", path.display())]
+    Draw {
+        /// The file.
+        path: PathBuf,
+        /// Texts to draw.
+        max: usize,
+        /// Classes in the file.
+        n_classes: usize,
+    },
     /// A solver that did not come to its end.
     #[error("the linear probe did not converge in {iterations} iterations (largest gradient {gradient:.1e})")]
     Probe {

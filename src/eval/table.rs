@@ -133,6 +133,12 @@ fn places(layout: &Layout, names: &ColumnNames, present: &[&str]) -> Result<Vec<
         .collect()
 }
 
+/// Whether a field is the name of a column. Single letters say nothing: they are as likely labels, or texts.
+fn names_any(layout: &Layout, present: &[&str]) -> bool {
+    let mut names = layout.columns.iter().flat_map(|column| column.names).filter(|name| name.len() > 1);
+    names.any(|name| present.iter().any(|field| plain(field) == *name))
+}
+
 /// Places given as numbers, when every required column of the file has one.
 fn numbered(layout: &Layout, names: &ColumnNames) -> Option<Vec<Option<usize>>> {
     let number = |column: &Column| names.0.get(column.role)?.parse::<usize>().ok()?.checked_sub(1);
@@ -195,10 +201,16 @@ fn read_separated(path: &Path, text: &str, layout: &Layout, names: &ColumnNames)
                         }
                         Err(reason) => {
                             let named = layout.columns.iter().any(|column| names.0.contains_key(column.role));
+                            // A line that has the name of one column is a header, and not a row of the table.
+                            let header = names_any(layout, &present);
                             match (layout.headerless)(record.len()) {
-                                Some(places) if !named => columns.insert(
+                                Some(places) if !named && !header => columns.insert(
                                     (0..layout.columns.len()).map(|column| places.get(column).copied()).collect(),
                                 ),
+                                Some(_) if !named => {
+                                    let hint = "; if that is no header, give every column its number";
+                                    return Err(wrong(line, reason + hint));
+                                }
                                 _ => return Err(wrong(line, reason)),
                             }
                         }
@@ -304,6 +316,11 @@ mod tests {
         let error = |file: &str, text: &str, names: &[&str]| read_as(file, text, names).unwrap_err();
         assert!(error("f.csv", "text,label\na,x\n\"b,y\nc,z\n", &[]).ends_with("f.csv:3: a quote is not closed"));
         assert!(error("f.tsv", "text\tlabel\na\n", &[]).ends_with(":2: 1 columns, the label would be number 2"));
+        // Half of a header is one all the same.
+        let half = error("f.csv", "Label,message\nx,a\ny,b\n", &[]);
+        assert!(half.contains(":1: no column for the text among `Label`, `message`"), "{half}");
+        assert!(half.ends_with("if that is no header, give every column its number"), "{half}");
+        assert_eq!(read_as("f.csv", "label,a\n", &["label=1", "text=2"]), Ok(vec![row(1, "a", "label")]));
         assert!(error("f.tsv", "text\tclass\tx\n", &[]).contains(":1: no column for the label among `text`, `class`"));
         assert!(error("f.tsv", "text\tclass\n", &["label=kind"]).ends_with(":1: no column `kind` among text, class"));
         assert!(error("f.jsonl", "{\"text\": \"a\"}\n", &[]).contains(":1: no column for the label"));

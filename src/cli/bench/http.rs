@@ -54,7 +54,7 @@ pub(super) fn run(url: &str, args: &BenchArgs) -> anyhow::Result<()> {
     };
     let port = authority.port_u16().unwrap_or(80);
     let body = |input: &input::Input| json!({"inputs": input.to_json()}).to_string().into();
-    let bodies = input::inputs(args)?.iter().map(body).collect();
+    let bodies = input::inputs(args, input::COMMON_IDS)?.iter().map(body).collect();
     let target = Arc::new(Target {
         authority: format!("{}:{port}", authority.host()),
         path: args.route.clone(),

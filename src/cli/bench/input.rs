@@ -47,15 +47,23 @@ pub(super) fn into_ids(inputs: Vec<Input>, tokenizer: &Tokenizer, max_tokens: us
     Ok(sequences)
 }
 
-/// The inputs that the flags name. Made-up ids are spread over the vocabulary, so that embedding rows are not all in cache.
-pub(super) fn inputs(args: &BenchArgs) -> anyhow::Result<Vec<Input>> {
+/// Ids that every vocabulary of a real model has, for a server that does not say how large its own is.
+pub(super) const COMMON_IDS: usize = 4_096;
+
+/// The inputs that the flags name. Made-up ids are spread over the `n_ids` that there are, so that embedding rows are not all
+/// in cache.
+pub(super) fn inputs(args: &BenchArgs, n_ids: usize) -> anyhow::Result<Vec<Input>> {
     match &args.input {
         Some(path) => read(path),
         None => {
-            let ids = (0..args.length.get()).map(|i| 1_000 + (i * 7_919 % 20_000) as u32).collect();
+            let ids = (0..args.length.get()).map(|i| made_up_id(i, n_ids)).collect();
             Ok(vec![Input::Ids(ids); args.sequences.get()])
         }
     }
+}
+
+fn made_up_id(index: usize, n_ids: usize) -> u32 {
+    ((1_000 + index * 7_919 % 20_000) % n_ids) as u32
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<Input>> {

@@ -30,7 +30,8 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let mut loaded = players::load(&checkpoint, &args.model, n_workers)?;
     let architecture = checkpoint.architecture();
     let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
-    let sequences = input::into_ids(input::inputs(args)?, &tokenizer, architecture.max_input_tokens)?;
+    let sequences =
+        input::into_ids(input::inputs(args, architecture.vocab_size)?, &tokenizer, architecture.max_input_tokens)?;
     let batches = eval::batches(&sequences, args.max_batch_tokens, args.batch)?;
     let peak = peak::measure(loaded.kernels.isa(), Duration::from_millis(200), loaded.n_threads);
     for _ in 0..args.warmup {
