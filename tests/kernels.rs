@@ -227,6 +227,32 @@ fn rows_are_quantized_as_the_reference_does() {
     }
 }
 
+#[test]
+fn what_binary16_cannot_hold_is_held_to_its_largest_and_an_infinity_is_not_hidden() {
+    // Weights of 127 and codes of 255 at scale 1: columns of ±32,385 · 64.
+    let (k, n) = (64, PANEL);
+    let weights: Vec<i8> = (0..n * k).map(|i| if (i / k).is_multiple_of(2) { 127 } else { -127 }).collect();
+    let packed = PackedLinear::new(&weights, &vec![1.0; n], &vec![0.0; n], k);
+    let scales = [RowScale { scale: 1.0, low: 0.0 }];
+    let x = CodeRows { codes: &[255; 64], stride: 64, scales: &scales };
+    for set in sets() {
+        let mut halves = [0u16; PANEL];
+        set.gemm_half(&x, &packed, 0, &mut halves);
+        let values = halves.map(half_to_f32);
+        assert_eq!((values[0], values[1]), (65_504.0, -65_504.0), "{}", set.name());
+
+        for odd in [f32::INFINITY, f32::NEG_INFINITY] {
+            let mut block = [0.5f32; PANEL];
+            (block[3], block[9]) = (odd, 2.0);
+            let (mut codes, mut scales) = ([0u8; 64], [RowScale::default()]);
+            let mut to = CodeRowsMut { codes: &mut codes, stride: 64, scales: &mut scales, range: None };
+            set.quantize(Block { data: &block, n_rows: 1, n }, 0..1, &mut to);
+            let value = scales[0].low + scales[0].scale * f32::from(codes[0]);
+            assert!(value.is_nan(), "{}: a row with {odd} reads {value}", set.name());
+        }
+    }
+}
+
 /// Ranges that are taken along give the codes that looking for them afterwards gives.
 #[test]
 fn activated_rows_are_quantized_within_their_ranges() {
@@ -761,6 +787,14 @@ proptest! {
             prop_assert!(same, "{:?}: blocks of {} differ from one block", attention, block);
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "codes")]
+fn rows_whose_sizes_have_no_product_are_refused() {
+    let packed = PackedLinear::new(&[1; 64 * 64], &[1.0; 64], &[0.0; 64], 64);
+    let x = CodeRows { codes: &[0; 192], stride: 1 << 63, scales: &[RowScale::default(); 3] };
+    sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 3 * PANEL]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::exec::candle_model;
 use crate::exec::int8_build::{GROUP_TOKENS, Int8Model};
 use crate::kernels::threads::Cores;
 use crate::kernels::{Isa, IsaName, KernelSet};
-use crate::model::Forward;
+use crate::model::{Forward, Model, Ops};
 use crate::telemetry::process;
 
 /// Models ready to compute.
@@ -57,15 +57,18 @@ pub(super) fn load_on(
     let workers: Vec<Box<dyn Forward>> = match args.precision {
         Precision::Int8 => {
             let model = Int8Model::load(checkpoint)?;
-            let cores = cores()?;
-            (0..n_workers)
-                .map(|_| Box::new(model.worker(kernels, Arc::clone(&cores), GROUP_TOKENS)) as Box<dyn Forward>)
-                .collect()
+            several(model.worker(kernels, cores()?, GROUP_TOKENS), n_workers)
         }
-        Precision::F32 => {
-            let model = candle_model(checkpoint)?;
-            (0..n_workers).map(|_| Box::new(model.another()) as Box<dyn Forward>).collect()
-        }
+        Precision::F32 => several(candle_model(checkpoint)?, n_workers),
     };
     Ok(Loaded { workers, kernels, isa: isa.to_string(), n_threads })
+}
+
+/// `n` of a model, which share its weights.
+fn several<O: Ops + Clone + Send + 'static>(model: Model<O>, n: usize) -> Vec<Box<dyn Forward>>
+where
+    Model<O>: Forward,
+{
+    let others: Vec<Model<O>> = (1..n).map(|_| model.another()).collect();
+    std::iter::once(model).chain(others).map(|model| Box::new(model) as Box<dyn Forward>).collect()
 }

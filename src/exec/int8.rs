@@ -9,15 +9,16 @@
 
 mod attend;
 mod factors;
+mod lanes;
 mod plain;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use self::attend::Plan;
-use self::factors::Middle;
+use self::lanes::{Lane, Lanes};
 use super::int8_build::{Int8Linear, Int8Norm, Int8Weights};
-use super::int8_tables::{Gather, Int8Tables};
-use super::workspace::{Aligned, Buffer, Workspace};
+use super::int8_tables::Int8Tables;
+use super::workspace::{Buffer, Workspace};
 use crate::kernels::attention::Heads;
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowRange, RowScale, block_index, code_stride};
@@ -61,6 +62,15 @@ impl WorkspaceLimits {
             rank: 0,
         }
     }
+
+    fn d_context(&self) -> usize {
+        self.heads.iter().map(|(heads, _)| heads.d_context()).max().unwrap_or(0)
+    }
+
+    /// Columns of the widest product.
+    fn widest(&self) -> usize {
+        self.d_ffn.max(self.d_model).max(self.d_context()).max(self.rank).next_multiple_of(PANEL)
+    }
 }
 
 /// Plays the score in INT8.
@@ -71,21 +81,10 @@ pub struct Int8 {
     /// Held from the first verb of a group to its results.
     seat: Option<Seat>,
     workspace: Workspace,
-    lanes: Vec<Mutex<Lane>>,
+    lanes: Lanes,
     plan: Plan,
     limits: WorkspaceLimits,
-    /// Bytes of a lane's block and scratch as they were made.
-    lane_bytes: (usize, usize),
     weight_bytes: usize,
-}
-
-/// What one thread of a loop writes to.
-#[derive(Debug, Default)]
-struct Lane {
-    block: Aligned,
-    scratch: Aligned,
-    middle: Middle,
-    gather: Gather,
 }
 
 /// Codes and scales of rows.
@@ -131,14 +130,31 @@ impl Codes {
     }
 }
 
+/// Another player of the same encoder on the same threads, with a workspace of its own.
+impl Clone for Int8 {
+    fn clone(&self) -> Self {
+        let lanes = self.lanes.another(&self.limits);
+        Self::with_lanes(self.kernels, Arc::clone(&self.cores), &self.limits, self.weight_bytes, lanes)
+    }
+}
+
 impl Int8 {
     /// A player with its own workspace. `weight_bytes` is what the encoder that it will play holds.
     #[must_use]
     pub fn new(kernels: KernelSet, cores: Arc<Cores>, limits: &WorkspaceLimits, weight_bytes: usize) -> Self {
-        let tokens = limits.group_tokens;
-        let d_context = limits.heads.iter().map(|(heads, _)| heads.d_context()).max().unwrap_or(0);
+        let lanes = Lanes::new(&kernels, &cores, limits);
+        Self::with_lanes(kernels, cores, limits, weight_bytes, lanes)
+    }
+
+    fn with_lanes(
+        kernels: KernelSet,
+        cores: Arc<Cores>,
+        limits: &WorkspaceLimits,
+        weight_bytes: usize,
+        lanes: Lanes,
+    ) -> Self {
+        let (tokens, widest) = (limits.group_tokens, limits.widest());
         let qkv = limits.heads.iter().map(|(heads, _)| heads.qkv_panels() * PANEL * tokens * 2).max().unwrap_or(0);
-        let widest = limits.d_ffn.max(limits.d_model).max(d_context).max(limits.rank).next_multiple_of(PANEL);
         let scales = tokens * size_of::<RowScale>();
         // Queries, keys and values are gone when the hidden layer comes; pooled rows are few (`GROUP_GRAIN`) and fit elsewhere.
         let in_turn = qkv.max(tokens * code_stride(limits.d_ffn));
@@ -146,7 +162,7 @@ impl Int8 {
             tokens * limits.d_model * 4,
             in_turn,
             tokens * code_stride(limits.d_model),
-            tokens * code_stride(limits.d_model.max(d_context)),
+            tokens * code_stride(limits.d_model.max(limits.d_context())),
             attend::packed_bytes(&kernels, limits),
             COLUMN_SPLIT_ROWS * widest * 4,
             scales,
@@ -155,21 +171,8 @@ impl Int8 {
             COLUMN_SPLIT_ROWS * code_stride(limits.rank),
             COLUMN_SPLIT_ROWS * size_of::<RowScale>(),
         ]);
-        let scratch = attend::scratch_bytes(&kernels, limits);
-        let lane_bytes = (BLOCK_ROWS * widest * 4, scratch);
-        let lane = || Lane {
-            block: Aligned::with_bytes(lane_bytes.0),
-            scratch: Aligned::with_bytes(lane_bytes.1),
-            middle: Middle::new(BLOCK_ROWS, limits.rank),
-            gather: if limits.rank == 0 {
-                Gather::default()
-            } else {
-                Gather::new(BLOCK_ROWS, limits.rank, limits.d_model)
-            },
-        };
-        let lanes = (0..cores.n_cores()).map(|_| Mutex::new(lane())).collect();
         let plan = Plan::new(limits);
-        Self { kernels, cores, seat: None, workspace, lanes, plan, limits: limits.clone(), lane_bytes, weight_bytes }
+        Self { kernels, cores, seat: None, workspace, lanes, plan, limits: limits.clone(), weight_bytes }
     }
 
     /// The kernels it calls.
@@ -181,11 +184,7 @@ impl Int8 {
     /// Bytes of the workspace.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let lane = |lane: &Mutex<Lane>| {
-            let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-            lane.block.bytes() + lane.scratch.bytes() + lane.middle.bytes() + lane.gather.bytes()
-        };
-        self.workspace.bytes() + self.lanes.iter().map(lane).sum::<usize>()
+        self.workspace.bytes() + self.lanes.bytes()
     }
 
     /// Most bytes of the workspace that activations have taken at once.
@@ -207,11 +206,7 @@ impl Int8 {
         }
         self.workspace.shrink();
         self.plan.shrink(&self.limits);
-        for lane in &self.lanes {
-            let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-            lane.block.shrink_to(self.lane_bytes.0);
-            lane.scratch.shrink_to(self.lane_bytes.1);
-        }
+        self.lanes.shrink();
     }
 
     /// Gives the seat up and reports that activations do not fit the verb.
@@ -232,7 +227,7 @@ impl Int8 {
         let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
         let cut = column_cut(packed.n_panels(), seat.n_cores());
         let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
-        seat.for_each(&parts, |_, index, out: &mut [f32]| {
+        seat.for_each(parts, |_, index, out: &mut [f32]| {
             for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                 kernels.product_f32(&x.view(0..n_rows), packed, panel, out);
                 if let Some(then) = then {
@@ -260,7 +255,7 @@ impl Int8 {
             let (x, packed) = (middle.as_ref().unwrap_or(x), linear.layer.last());
             let cut = column_cut(packed.n_panels(), seat.n_cores());
             let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
-            seat.for_each(&parts, |_, index, out: &mut [u16]| {
+            seat.for_each(parts, |_, index, out: &mut [u16]| {
                 for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                     kernels.product_half(&x.view(0..n_rows), packed, panel, out);
                 }
@@ -268,8 +263,8 @@ impl Int8 {
         } else {
             let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
             let parts = PanelRowParts::new(&mut out, n_rows, PANEL, cut);
-            seat.for_each(&parts, |lane, index, mut out| {
-                let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            seat.for_each(parts, |lane, index, mut out| {
+                let mut lane = lanes.of(lane);
                 let (x, packed) = lane.middle.enter(kernels, &linear.layer, x.view(cut.rows(index)));
                 for panel in 0..packed.n_panels() {
                     kernels.product_half(&x, packed, panel, out.panel(panel));
@@ -289,14 +284,14 @@ impl Int8 {
         let seat = seat.get_or_insert_with(|| cores.enter());
         let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
-        seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
+        seat.for_each(parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let rows = cut.rows(index);
             let mut to = CodeRowsMut { codes, stride, scales, range: linear.out_range };
             if let Some(block) = &columns {
                 kernels.quantize(Block { data: block, n_rows, n }, rows, &mut to);
                 return;
             }
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            let mut lane = lanes.of(lane);
             let Lane { block, middle, .. } = &mut *lane;
             let (x, packed) = middle.enter(kernels, &linear.layer, x.view(rows.clone()));
             let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
@@ -361,8 +356,8 @@ impl Ops for Int8 {
             RowParts::new(&mut codes.codes, stride, cut),
             RowParts::new(&mut codes.scales, 1, cut),
         );
-        seat.for_each(&parts, |lane, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+        seat.for_each(parts, |lane, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+            let mut lane = lanes.of(lane);
             tables.sum(kernels, batch, cut.rows(index).start, rows, &mut lane.gather);
             let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
             kernels.add_norm(None, rows, norm.view(), &mut to);
@@ -425,14 +420,14 @@ impl Ops for Int8 {
             RowParts::new(&mut codes.codes, stride, cut),
             RowParts::new(&mut codes.scales, 1, cut),
         );
-        seat.for_each(&parts, |lane, index, (residual, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+        seat.for_each(parts, |lane, index, (residual, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
             let rows = cut.rows(index);
             let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
             if let Some(block) = &columns {
                 kernels.add_norm(Some((Block { data: block, n_rows, n }, rows)), residual, norm.view(), &mut to);
                 return;
             }
-            let mut lane = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            let mut lane = lanes.of(lane);
             let Lane { block, middle, .. } = &mut *lane;
             let (x, packed) = middle.enter(kernels, &linear.layer, input.view(rows.clone()));
             let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
@@ -457,7 +452,7 @@ impl Ops for Int8 {
         let Self { kernels, cores, seat, .. } = self;
         let mut seat = seat.take().unwrap_or_else(|| cores.enter());
         let parts = RowParts::new(&mut out, n, Cut::Even { n_rows: n_seqs, block: 1 });
-        seat.for_each(&parts, |_, index, out: &mut [f32]| {
+        seat.for_each(parts, |_, index, out: &mut [f32]| {
             let range = batch.rows(index);
             #[allow(clippy::cast_precision_loss, reason = "lengths are at most 2^20")]
             let len = range.len() as f32;

@@ -117,7 +117,7 @@ impl Int8Model {
         self.bytes
     }
 
-    /// The model for one worker, with its own workspace.
+    /// The model for a worker, with its own workspace; for more workers on the same threads, make [`Model::another`] of it.
     #[must_use]
     pub fn worker(&self, kernels: KernelSet, cores: Arc<Cores>, group_tokens: usize) -> Model<Int8> {
         let limits = WorkspaceLimits { rank: self.rank, ..WorkspaceLimits::new(&self.architecture, group_tokens) };

@@ -161,8 +161,16 @@ pub struct CodeRows<'a> {
 impl CodeRows<'_> {
     /// Whether each row is there up to a multiple of 64 codes.
     pub(super) fn has_whole_lines(&self) -> bool {
-        self.stride.is_multiple_of(64) && self.codes.len() >= self.scales.len() * self.stride
+        self.stride.is_multiple_of(64) && rows_fit(self.codes.len(), self.scales.len(), self.stride, self.stride)
     }
+}
+
+/// Whether `n_rows` rows of `n` elements, `stride` apart, lie within `len`: what reading and writing by pointers rests on, so it
+/// holds for sizes whose product is beyond the numbers too.
+pub(super) fn rows_fit(len: usize, n_rows: usize, stride: usize, n: usize) -> bool {
+    let Some(others) = n_rows.checked_sub(1) else { return true };
+    let needed = others.checked_mul(stride).and_then(|start| start.checked_add(n));
+    stride >= n && needed.is_some_and(|needed| needed <= len)
 }
 
 /// Distance of rows of codes `n` wide: a multiple of a cache line, so that rows start aligned.

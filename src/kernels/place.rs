@@ -4,7 +4,8 @@
 //! never gives way, and the helper would sit behind it until the loop is over (seen: 16 tokens took 4.0 ms instead of
 //! 2.0 for the first second of every run on two cores). Binding threads to processors for good would be worse where several
 //! processes share a machine, each with a part of its time. So a helper may run wherever the process may, with the
-//! exception of one processor, and is told again only when that one changes.
+//! exception of one processor, and is told again only when that one changes. Where the process may run is asked at that time:
+//! an orchestrator can change it at any time.
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicUsize;
@@ -19,9 +20,9 @@ const NOWHERE: usize = usize::MAX;
 /// The place of one helper.
 #[derive(Debug)]
 pub(super) struct Place {
-    /// The helper's thread and where it was allowed to run when it started; nothing if the system does not say.
+    /// The helper's thread.
     #[cfg(target_os = "linux")]
-    thread: OnceLock<Option<(Pid, CpuSet)>>,
+    thread: OnceLock<Pid>,
     #[cfg(not(target_os = "linux"))]
     thread: OnceLock<()>,
     avoided: AtomicUsize,
@@ -48,20 +49,20 @@ impl Place {
     /// Called by the helper itself, once.
     pub(super) fn settle(&self) {
         #[cfg(target_os = "linux")]
-        let thread = sched_getaffinity(None).ok().map(|allowed| (gettid(), allowed));
+        let thread = gettid();
         #[cfg(not(target_os = "linux"))]
         let thread = ();
         // Set once: there is one thread.
         let _known = self.thread.set(thread);
     }
 
-    /// Lets the helper run anywhere it may but on `processor`. Best effort: a refusal only costs speed.
+    /// Lets the helper run wherever the calling thread may but on `processor`. Best effort: a refusal only costs speed.
     pub(super) fn keep_off(&self, processor: usize) {
         #[cfg(target_os = "linux")]
-        if let Some(Some((thread, allowed))) = self.thread.get()
+        if let Some(thread) = self.thread.get()
             && self.avoided.swap(processor, Relaxed) != processor
+            && let Ok(mut elsewhere) = sched_getaffinity(None)
         {
-            let mut elsewhere = *allowed;
             if processor < CpuSet::MAX_CPU {
                 elsewhere.unset(processor);
             }
@@ -79,26 +80,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_helper_is_kept_off_one_processor_at_a_time() {
-        std::thread::spawn(|| {
-            let place = Place::default();
-            place.keep_off(0); // Before it is known: nothing happens.
-            let all = sched_getaffinity(None).unwrap();
-            place.settle();
-            for processor in (0..CpuSet::MAX_CPU).filter(|&processor| all.is_set(processor)) {
+    fn a_helper_is_kept_off_one_processor_at_a_time_of_those_that_the_process_has_now() {
+        let place = Place::default();
+        place.keep_off(0); // Before it is known: nothing happens.
+        let all = sched_getaffinity(None).unwrap();
+        let (settled, ready) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let place = &place;
+            scope.spawn(move || {
+                place.settle();
+                settled.send(gettid()).unwrap();
+                let _over = ended.recv();
+            });
+            let helper = ready.recv().unwrap();
+            let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&processor| all.is_set(processor)).collect();
+            for &processor in &processors {
                 place.keep_off(processor);
-                let now = sched_getaffinity(None).unwrap();
+                let now = sched_getaffinity(Some(helper)).unwrap();
                 if all.count() > 1 {
                     assert!(!now.is_set(processor) && now.count() == all.count() - 1);
-                    assert_ne!(sched_getcpu(), processor);
                 } else {
                     assert_eq!(now, all);
                 }
             }
             place.keep_off(NOWHERE);
-            assert_eq!(sched_getaffinity(None).unwrap(), all);
-        })
-        .join()
-        .unwrap();
+            assert_eq!(sched_getaffinity(Some(helper)).unwrap(), all);
+            // The process (here: the thread that is helped) has fewer now.
+            let mut fewer = all;
+            if all.count() > 1 {
+                fewer.unset(processors[0]);
+            }
+            sched_setaffinity(None, &fewer).unwrap();
+            place.keep_off(CpuSet::MAX_CPU);
+            assert_eq!(sched_getaffinity(Some(helper)).unwrap(), fewer);
+            sched_setaffinity(None, &all).unwrap();
+            drop(end);
+        });
     }
 }

@@ -142,8 +142,9 @@ impl Seat {
         self.cores.shared.n_cores
     }
 
-    /// Runs `body(lane, part)` once for every `part < n_parts`, on this thread (lane 0) and on free helpers. No two
-    /// bodies run at once with the same lane; lanes are below [`Cores::n_cores`].
+    /// Runs `body(lane, part)` once for every `part < n_parts`, on this thread (lane 0) and on free helpers, each of which has
+    /// a lane of its own from 1 on, whoever it helps: of all loops of all players, no two bodies run at once with the same
+    /// lane but 0. Lanes are below [`Cores::n_cores`].
     ///
     /// # Panics
     /// If a body panics; the other parts may or may not have run.
@@ -156,15 +157,15 @@ impl Seat {
         let job = Job::new(n_team + 1);
         let task = Task::of(body, &job, n_team + 1, n_parts);
         let team = Team { shared: &self.cores.shared, members: &self.team[..n_team] };
-        for (lane, helper) in (1..).zip(team.helpers()) {
+        for ((first, helper), &index) in (1..).zip(team.helpers()).zip(team.members) {
             // SAFETY: `gather` has claimed it; `team` is dropped before body and job are, and has then waited or taken back.
-            unsafe { helper.assign(task(lane)) };
+            unsafe { helper.assign(task(usize::from(index) + 1, first)) };
         }
         // SAFETY: both are alive.
-        unsafe { task(0).work() };
-        for (lane, helper) in (1..).zip(team.helpers()) {
+        unsafe { task(0, 0).work() };
+        for (first, helper) in (1..).zip(team.helpers()) {
             if helper.take_back() {
-                body(0, lane);
+                body(0, first);
             }
         }
         drop(team);
@@ -174,9 +175,9 @@ impl Seat {
     }
 
     /// Hands every part of `parts` to `body(lane, index, part)` once.
-    pub fn for_each<'a, P: Parts<'a>>(&mut self, parts: &P, body: impl Fn(usize, usize, P::Part) + Sync) {
+    pub fn for_each<'a, P: Parts<'a>>(&mut self, parts: P, body: impl Fn(usize, usize, P::Part) + Sync) {
         self.run(parts.n_parts(), &|lane, index| {
-            // SAFETY: `run` hands out every index below `n_parts` once, so no part is taken twice.
+            // SAFETY: `run` hands out every index below `n_parts` once, and nobody else has `parts`, so no part is taken twice.
             let part = unsafe { parts.part(index) };
             body(lane, index, part);
         });

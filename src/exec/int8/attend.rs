@@ -4,9 +4,9 @@
 //! each packed and computed by the same thread, because tiles of queries would be half empty otherwise.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Aligned, BLOCK_ROWS, COLUMN_SPLIT_ROWS, Form, Int8, Int8Act, Int8Error, Lane, WorkspaceLimits};
+use super::{BLOCK_ROWS, COLUMN_SPLIT_ROWS, Form, Int8, Int8Act, Int8Error, Lane, WorkspaceLimits};
+use crate::exec::workspace::Aligned;
 use crate::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
@@ -202,14 +202,9 @@ struct Layer<'a> {
     band: Band,
     qkv: HalfPanels<'a>,
     plan: &'a Plan,
-    lanes: &'a [Mutex<Lane>],
 }
 
 impl<'a> Layer<'a> {
-    fn lane(&self, lane: usize) -> MutexGuard<'a, Lane> {
-        self.lanes[lane].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn sequence(&self, Sequence { first_row, len, listed, .. }: &Sequence) -> SequenceHeads<'a> {
         let slots = slots(self.band, &self.plan.listed[listed.clone()]);
         SequenceHeads { qkv: self.qkv, heads: self.heads, first_row: *first_row, len: *len, slots }
@@ -273,14 +268,14 @@ impl Int8 {
         let run = head_run(heads, seat.n_cores()).filter(|_| few);
         plan.make(kernels, heads, band, batch, run, seat.n_cores());
         let plan = &*plan;
-        let layer = Layer { heads, band, qkv: HalfPanels { data: half, n_rows: qkv.n_rows }, plan, lanes };
+        let layer = Layer { heads, band, qkv: HalfPanels { data: half, n_rows: qkv.n_rows }, plan };
         let mut packed = workspace.take::<CacheLine>(plan.lines.last().copied().unwrap_or(0));
         let packs = RowParts::new(&mut packed, 1, Cut::At(&plan.lines));
         let contexts = if run.is_some() {
             let mut contexts = workspace.take::<f32>(qkv.n_rows * panel_columns);
             let parts = (packs, RowParts::new(&mut contexts, PANEL, Cut::At(&plan.results)));
-            seat.for_each(&parts, |lane, index, (packed, out): (&mut [CacheLine], &mut [f32])| {
-                let mut lane = layer.lane(lane);
+            seat.for_each(parts, |lane, index, (packed, out): (&mut [CacheLine], &mut [f32])| {
+                let mut lane = lanes.of(lane);
                 layer.pack(index, packed, &mut lane.scratch);
                 let (at, run) = &plan.runs[index];
                 let at = &plan.sequences[*at];
@@ -288,14 +283,14 @@ impl Int8 {
             });
             Some(contexts)
         } else {
-            seat.for_each(&packs, |lane, index, packed: &mut [CacheLine]| {
-                layer.pack(index, packed, &mut layer.lane(lane).scratch);
+            seat.for_each(packs, |lane, index, packed: &mut [CacheLine]| {
+                layer.pack(index, packed, &mut lanes.of(lane).scratch);
             });
             None
         };
         let cut = Cut::At(&plan.rows);
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
-        seat.for_each(&parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
+        seat.for_each(parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let (at, first) = plan.queries[index];
             let (at, n_rows) = (&plan.sequences[at], scales.len());
             let mut to = CodeRowsMut { codes, stride, scales, range: *range };
@@ -304,7 +299,7 @@ impl Int8 {
                 kernels.quantize(Block { data, n_rows: at.len, n }, first..first + n_rows, &mut to);
                 return;
             }
-            let mut lane = layer.lane(lane);
+            let mut lane = lanes.of(lane);
             let Lane { block, scratch, .. } = &mut *lane;
             let block = block.first::<f32>(n_rows * panel_columns);
             layer.attend(at, 0..heads.n_heads, (first, n_rows), &packed[at.packed.clone()], scratch, block);

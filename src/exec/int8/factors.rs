@@ -1,6 +1,7 @@
 //! Matrices of low rank: two products, with what is between them rounded to codes per row, as every input is.
 
-use super::{Aligned, BLOCK_ROWS, Buffer, Codes, Int8, RowParts, row_cut};
+use super::{BLOCK_ROWS, Buffer, Codes, Int8, RowParts, row_cut};
+use crate::exec::workspace::Aligned;
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, code_stride};
 use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity};
@@ -79,7 +80,7 @@ impl Int8 {
         let seat = seat.get_or_insert_with(|| cores.enter());
         let cut = row_cut(n_rows, BLOCK_ROWS, seat.n_cores());
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
-        seat.for_each(&parts, |_, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
+        seat.for_each(parts, |_, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let mut to = CodeRowsMut { codes, stride, scales, range: None };
             kernels.quantize(Block { data: &block, n_rows, n: rank }, cut.rows(index), &mut to);
         });

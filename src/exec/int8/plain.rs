@@ -20,7 +20,7 @@ impl Int8 {
         let Self { kernels, cores, seat, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let parts = RowParts::new(&mut out, n_out, Cut::Even { n_rows: x.n_rows, block: 1 });
-        seat.for_each(&parts, |_, index, out: &mut [f32]| {
+        seat.for_each(parts, |_, index, out: &mut [f32]| {
             dense(&rows[index * n_in..(index + 1) * n_in], &linear.weight, &linear.bias, out);
             if let Some(then) = nonlinearity(then) {
                 kernels.activate(then, out);

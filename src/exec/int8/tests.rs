@@ -231,6 +231,31 @@ fn an_empty_view_has_empty_results() {
 }
 
 #[test]
+fn workers_on_many_threads_share_the_lanes_of_the_helpers() {
+    let shared = Random::new(Band::FULL, 96).model();
+    let bytes = |n_cores: usize| {
+        let first = shared.worker(KernelSet::new(Isa::detect()), cores(n_cores), 256);
+        let another = first.another();
+        (first.memory().workspace, another.memory().workspace)
+    };
+    let (alone, eight, sixteen) = (bytes(1), bytes(8), bytes(16));
+    assert_eq!(alone.0, alone.1);
+    // A lane each for seven helpers, for fifteen: as many as threads, and in the first worker alone.
+    assert_eq!((sixteen.0 - alone.0) * 7, (eight.0 - alone.0) * 15);
+    assert!(eight.0 > alone.0 && eight.1 == alone.1 && sixteen.1 == alone.1);
+    // They compute what the first does, at once.
+    let many = cores(4);
+    let first = shared.worker(KernelSet::new(Isa::detect()), Arc::clone(&many), 256);
+    let mut workers: Vec<_> = (0..4).map(|_| first.another()).collect();
+    let expected = forward(&mut first.another(), &[40, 3, 17]).pooled;
+    std::thread::scope(|scope| {
+        for worker in &mut workers {
+            scope.spawn(|| (0..20).for_each(|_| assert_eq!(forward(worker, &[40, 3, 17]).pooled, expected)));
+        }
+    });
+}
+
+#[test]
 fn the_workspace_is_sized_at_construction_and_grows_only_for_longer_inputs() {
     let shared = Random::new(Band::FULL, 96).model();
     let mut worker = shared.worker(KernelSet::new(Isa::detect()), cores(2), 256);

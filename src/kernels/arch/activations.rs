@@ -180,16 +180,25 @@ unsafe fn gelu_by_pieces<S: Simd>(x: S::F) -> S::F {
 unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
     // SAFETY: the instruction set is present by contract.
     unsafe {
-        // 2 √(2/π) log2 e; the argument of the sigmoid is folded to one side so that exp2 sees x ≤ 0.
+        // 2 √(2/π) log2 e
         let inner = S::mul(x, S::fma(S::mul(x, x), S::splat(0.044_715), S::splat(1.0)));
         let z = S::mul(inner, S::splat(2.302_208_2));
-        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
+        let (lower, sign) = folded_sigmoid::<S>(z);
+        // σ(z) = ½ + sign(z) (½ − σ(−|z|))
+        S::mul(x, S::fma(sign, S::sub(S::splat(0.5), lower), S::splat(0.5)))
+    }
+}
+
+/// `σ(−|y|)` and the sign of `y`, of `z = y log2 e`: on this side `exp2` sees nothing above 0.
+#[inline(always)]
+unsafe fn folded_sigmoid<S: Simd>(z: S::F) -> (S::F, S::F) {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        let magnitude = S::abs(z);
         let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
-        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−|z|)
-        // σ(z) = ½ + sign(z) (½ − σ(−|z|)); sign(z) · a as max/min of z against ±a would clip, so divide instead.
-        let half = S::sub(S::splat(0.5), lower);
-        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
-        S::mul(x, S::fma(sign, half, S::splat(0.5)))
+        let lower = S::div(e, S::add(S::splat(1.0), e));
+        // sign(z) · a as max/min of z against ±a would clip, so divide instead.
+        (lower, S::div(z, S::max(magnitude, S::splat(1e-30))))
     }
 }
 
@@ -198,12 +207,7 @@ unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
 unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
     // SAFETY: the instruction set is present by contract.
     unsafe {
-        // 2 log2 e; folded to one side so that exp2 sees x ≤ 0.
-        let z = S::mul(x, S::splat(2.0 * std::f32::consts::LOG2_E));
-        let magnitude = S::max(z, S::sub(S::splat(0.0), z));
-        let e = exp2::<S>(S::sub(S::splat(0.0), magnitude));
-        let lower = S::div(e, S::add(S::splat(1.0), e)); // σ(−2|x|)
-        let sign = S::div(z, S::max(magnitude, S::splat(1e-30)));
+        let (lower, sign) = folded_sigmoid::<S>(S::mul(x, S::splat(2.0 * std::f32::consts::LOG2_E)));
         S::mul(sign, S::sub(S::splat(1.0), S::add(lower, lower)))
     }
 }

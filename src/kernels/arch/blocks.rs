@@ -2,9 +2,9 @@
 //! a list, so time falls with the blocks.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
-use super::codebook::{Tile, ValueSink, put_product};
+use super::codebook::{Tile, put_product};
 use super::dot::{Dot, start_tile};
-use super::gemm::{Gemm, Sink};
+use super::gemm::{Gemm, Sink, ValueSink};
 use super::simd::Simd;
 
 /// `n_rows` rows of codes times one strip of blocks.

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::dot::{Dot, start_tile};
-use super::gemm::{Gemm, Sink};
+use super::gemm::{Gemm, Sink, ValueSink};
 use super::simd::Simd;
 use crate::kernels::forms::PAIR;
 use crate::kernels::layout::PANEL;
@@ -25,30 +25,6 @@ pub(super) struct Codebook<T> {
     pub(super) scales: *const [f32; PANEL],
     /// `[n_groups, PANEL]`.
     pub(super) zeros: *const [i8; PANEL],
-}
-
-/// Sinks that take finished values.
-pub(super) trait ValueSink: Sink + Copy {
-    /// # Safety
-    /// As for [`Simd`].
-    unsafe fn store<S: Simd>(to: *mut Self, x: S::F);
-}
-
-impl ValueSink for f32 {
-    #[inline(always)]
-    unsafe fn store<S: Simd>(to: *mut Self, x: S::F) {
-        // SAFETY: passed on.
-        unsafe { S::store(to, x) }
-    }
-}
-
-/// Binary16.
-impl ValueSink for u16 {
-    #[inline(always)]
-    unsafe fn store<S: Simd>(to: *mut Self, x: S::F) {
-        // SAFETY: passed on.
-        unsafe { S::store_half(to, x) }
-    }
 }
 
 /// `row.scale · product + (row.low + bias · row.scale) · column.offset + column.bias`, where `product` is the sum of

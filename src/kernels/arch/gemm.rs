@@ -79,27 +79,51 @@ unsafe fn dequantize<S: Simd, T>(gemm: &Gemm<T>, row: usize, columns: Affine<S::
     }
 }
 
-/// Values in f32 and in binary16.
-macro_rules! value_sink {
-    ($type:ty, $store:ident) => {
-        impl Sink for $type {
-            type Columns<S: Simd> = Affine<S::F>;
+/// The largest number of binary16.
+const LARGEST_HALF: f32 = 65_504.0;
 
-            #[inline(always)]
-            unsafe fn columns<S: Simd>(gemm: &Gemm<Self>, column: usize) -> Affine<S::F> {
-                // SAFETY: passed on.
-                unsafe { affine::<S, _>(gemm, column) }
-            }
-            #[inline(always)]
-            unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, columns: Affine<S::F>, sums: S::I) {
-                // SAFETY: in range by contract.
-                unsafe { S::$store(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, columns, sums)) }
-            }
-        }
-    };
+/// What values are kept as.
+pub(super) trait ValueSink: Copy {
+    /// # Safety
+    /// As for [`Simd`].
+    unsafe fn store<S: Simd>(to: *mut Self, x: S::F);
 }
-value_sink!(f32, store);
-value_sink!(u16, store_half);
+
+impl ValueSink for f32 {
+    #[inline(always)]
+    unsafe fn store<S: Simd>(to: *mut Self, x: S::F) {
+        // SAFETY: passed on.
+        unsafe { S::store(to, x) }
+    }
+}
+
+/// Binary16. A query, key or value beyond its numbers is held to the largest: as infinity it would make a softmax of no numbers.
+impl ValueSink for u16 {
+    #[inline(always)]
+    unsafe fn store<S: Simd>(to: *mut Self, x: S::F) {
+        // SAFETY: passed on.
+        unsafe {
+            // Of two operands of which one is no number, x86 takes the second: what is no number stays none.
+            let held = S::min(S::splat(LARGEST_HALF), S::max(S::splat(-LARGEST_HALF), x));
+            S::store_half(to, held);
+        }
+    }
+}
+
+impl<T: ValueSink> Sink for T {
+    type Columns<S: Simd> = Affine<S::F>;
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd>(gemm: &Gemm<Self>, column: usize) -> Affine<S::F> {
+        // SAFETY: passed on.
+        unsafe { affine::<S, _>(gemm, column) }
+    }
+    #[inline(always)]
+    unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, columns: Affine<S::F>, sums: S::I) {
+        // SAFETY: in range by contract.
+        unsafe { T::store::<S>(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, columns, sums)) }
+    }
+}
 
 /// Where each of `R` rows starts. The compiler is not told that they lie `stride` bytes apart: it would compute that again in every
 /// step of a loop over inputs, to save registers. (For the same reason tiles are functions that are not inlined.)

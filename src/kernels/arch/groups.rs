@@ -4,9 +4,9 @@
 
 use std::ops::Range;
 
-use super::codebook::{Tile, ValueSink, put_product};
+use super::codebook::{Tile, put_product};
 use super::dot::{Dot, start_tile};
-use super::gemm::Gemm;
+use super::gemm::{Gemm, ValueSink};
 use super::simd::Simd;
 use crate::kernels::layout::PANEL;
 

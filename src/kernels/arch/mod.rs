@@ -38,7 +38,7 @@ use self::rows::{AddNorm, Quantize};
 use self::table::Table;
 use super::attention::{AttentionForm, Heads};
 use super::isa::{Isa, IsaName};
-use super::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale};
+use super::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale, rows_fit};
 use super::{Nonlinearity, Reduction};
 
 /// Kernels of one instruction set, chosen once and passed to whoever computes.
@@ -104,7 +104,7 @@ impl Block<'_> {
 impl CodeRowsMut<'_> {
     fn check(&self, n_rows: usize, n: usize) {
         assert!(self.scales.len() == n_rows, "{} scales for {n_rows} rows", self.scales.len());
-        assert!(self.stride >= n && self.codes.len() >= n_rows.saturating_sub(1) * self.stride + n * n_rows.min(1));
+        assert!(rows_fit(self.codes.len(), n_rows, self.stride, n), "{n_rows} rows of {n} codes");
     }
 }
 
@@ -199,28 +199,15 @@ impl KernelSet {
     }
 
     fn gemm<T>(kernel: unsafe fn(&Gemm<T>), x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [T]) {
-        let n_rows = x.scales.len();
-        let k = weights.k_groups() * 4;
+        let (n_rows, k_groups) = (x.scales.len(), weights.k_groups());
         if n_rows == 0 {
             return;
         }
-        assert!(x.stride >= k && x.codes.len() >= (n_rows - 1) * x.stride + k, "{n_rows} rows of {k} codes");
-        assert!(out.len() >= n_rows * PANEL, "{n_rows} rows of results in {} elements", out.len());
+        let args = products::arguments(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out);
         // Prefetching pays only where weights are read more slowly than they are used.
         let next =
             if n_rows <= 36 && panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
-        let args = Gemm {
-            codes: x.codes.as_ptr(),
-            stride: x.stride,
-            whole_lines: x.has_whole_lines(),
-            scales: x.scales.as_ptr(),
-            n_rows,
-            weights: weights.panel(panel),
-            k_groups: weights.k_groups(),
-            columns: std::ptr::from_ref(weights.columns(panel)),
-            out: out.as_mut_ptr(),
-            next,
-        };
+        let args = Gemm { k_groups, next, ..args };
         // SAFETY: `Isa` proves the instruction set; rows, panel and results are inside their slices, checked above.
         unsafe { kernel(&args) }
     }

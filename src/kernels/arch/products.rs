@@ -9,7 +9,7 @@ use super::gemm::Gemm;
 use super::groups::Groups;
 use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix, PanelGroups};
 use crate::kernels::isa::IsaName;
-use crate::kernels::layout::{CodeRows, PANEL, PanelColumns};
+use crate::kernels::layout::{CodeRows, PANEL, PanelColumns, rows_fit};
 
 /// By how large the weights are: within ±32, within ±64, any.
 type BySize<T> = [unsafe fn(&Codebook<T>); 3];
@@ -96,9 +96,9 @@ macro_rules! products {
         #[allow(dead_code, reason = "some instruction sets use a dot product for a part of the forms alone")]
         pub(in crate::kernels::arch) mod $name {
             use crate::kernels::arch::blocks::{self, Blocks};
-            use crate::kernels::arch::codebook::{self, Codebook, Tile, ValueSink};
+            use crate::kernels::arch::codebook::{self, Codebook, Tile};
             use crate::kernels::arch::dot::Dot;
-            use crate::kernels::arch::gemm::{Sink, row_tiles};
+            use crate::kernels::arch::gemm::{Sink, ValueSink, row_tiles};
             use crate::kernels::arch::groups::{self, Groups};
             use crate::kernels::arch::products::up_to;
             use crate::kernels::arch::simd::Simd;
@@ -176,8 +176,7 @@ macro_rules! forms {
     };
     ($within32:ident, $within64:ident, $any:ident, $narrow:ident, $ahead:expr, $groups:path) => {
         use super::{Blocks, Forms, Products};
-        use crate::kernels::arch::codebook::ValueSink;
-        use crate::kernels::arch::gemm::Sink;
+        use crate::kernels::arch::gemm::{Sink, ValueSink};
         use crate::kernels::layout::PANEL;
 
         unsafe fn blocks<T: Sink>(args: &Blocks<T>) {
@@ -277,10 +276,16 @@ pub(super) fn forms(isa: IsaName) -> &'static Forms {
 }
 
 /// The arguments that all forms share. `k` is how many codes of a row are read.
-fn gemm<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumns, out: &mut [T]) -> Gemm<T> {
+pub(super) fn arguments<T>(
+    x: &CodeRows<'_>,
+    k: usize,
+    weights: *const i8,
+    columns: &PanelColumns,
+    out: &mut [T],
+) -> Gemm<T> {
     let n_rows = x.scales.len();
-    assert!(n_rows == 0 || x.stride >= k && x.codes.len() >= (n_rows - 1) * x.stride + k, "{n_rows} rows of {k} codes");
-    assert!(out.len() >= n_rows * PANEL, "{n_rows} rows of results in {} elements", out.len());
+    assert!(rows_fit(x.codes.len(), n_rows, x.stride, k), "{n_rows} rows of {k} codes");
+    assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
     Gemm {
         codes: x.codes.as_ptr(),
         stride: x.stride,
@@ -300,7 +305,7 @@ impl<T> Products<T> {
         let n_in = weights.n_in();
         let (scales, zeros) = weights.groups(panel);
         let args = Codebook {
-            gemm: gemm(x, n_in.next_multiple_of(PAIR), weights.panel(panel).cast(), weights.columns(panel), out),
+            gemm: arguments(x, n_in.next_multiple_of(PAIR), weights.panel(panel).cast(), weights.columns(panel), out),
             n_in,
             table: weights.table().as_ptr(),
             n_groups: scales.len(),
@@ -353,7 +358,7 @@ impl<T> Products<T> {
         for part in 0..PANEL / width {
             let (codes, inputs) = weights.strip(panel * (PANEL / width) + part);
             let args = Blocks {
-                gemm: gemm(x, n_in.next_multiple_of(4), codes, columns, out),
+                gemm: arguments(x, n_in.next_multiple_of(4), codes, columns, out),
                 n_in,
                 width,
                 first_column: part * width,
@@ -376,7 +381,7 @@ impl<T> Products<T> {
         let n_in = weights.n_in();
         let PanelGroups { scales, sums, offsets } = weights.groups(panel);
         let args = Groups {
-            gemm: gemm(x, n_in.next_multiple_of(4), weights.panel(panel), weights.columns(panel), out),
+            gemm: arguments(x, n_in.next_multiple_of(4), weights.panel(panel), weights.columns(panel), out),
             n_in,
             group: weights.group(),
             scales: scales.as_ptr(),

@@ -25,8 +25,11 @@ use super::super::place::{self, Place};
 
 /// How long a helper that is nobody's spins before it parks.
 const SPIN: Duration = Duration::from_micros(60);
-/// The same for one that a player has claimed: its next loop comes when the slowest thread is done with this one.
+/// The same for one that a player has claimed: its next loop comes when the slowest thread is done with this one. Beyond
+/// `SPIN` it gives way between looks, in case that thread is waiting for this one's processor.
 const CLAIMED_SPIN: Duration = Duration::from_micros(400);
+/// Looks at a helper that is inside its last part before giving way, in case that it waits for this processor.
+const PATIENT_LOOKS: u32 = 2_000;
 
 /// Nobody's, and spinning.
 const IDLE: u8 = 0;
@@ -50,9 +53,9 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// The job of a loop in which each of `n_lanes` threads has the part of its own number.
-    pub(super) fn new(n_lanes: usize) -> Self {
-        Self { next: AtomicUsize::new(n_lanes), panic: Mutex::new(None) }
+    /// The job of a loop in which each of `n_threads` threads has a part of its own, the first ones.
+    pub(super) fn new(n_threads: usize) -> Self {
+        Self { next: AtomicUsize::new(n_threads), panic: Mutex::new(None) }
     }
 
     /// The last panic of a helper.
@@ -61,40 +64,42 @@ impl Job {
     }
 }
 
-/// A thread's share of a loop: the part of its own number, and of the rest what it gets.
+/// A thread's share of a loop: a part of its own, and of the rest what it gets.
 #[derive(Clone, Copy)]
 pub(super) struct Task {
     body: *const Body,
     job: *const Job,
     lane: usize,
-    n_lanes: usize,
+    /// The part that is its own.
+    first: usize,
+    n_threads: usize,
     n_parts: usize,
 }
 
 impl Task {
-    /// The tasks of a loop by their lane. They hold addresses, not borrows: see [`Task::work`].
+    /// The tasks of a loop by lane and first part. They hold addresses, not borrows: see [`Task::work`].
     pub(super) fn of(
         body: &(dyn Fn(usize, usize) + Sync),
         job: &Job,
-        n_lanes: usize,
+        n_threads: usize,
         n_parts: usize,
-    ) -> impl Fn(usize) -> Self + use<> {
+    ) -> impl Fn(usize, usize) -> Self + use<> {
         // SAFETY: only the lifetime is erased; who works on a task vouches for it.
         let body: *const Body = unsafe { std::mem::transmute::<&(dyn Fn(usize, usize) + Sync), _>(body) };
         let job = std::ptr::from_ref(job);
-        move |lane| Self { body, job, lane, n_lanes, n_parts }
+        move |lane, first| Self { body, job, lane, first, n_threads, n_parts }
     }
 
-    /// Runs the part of its own number, then takes parts until none is left.
+    /// Runs its own part, then takes parts until none is left.
     ///
     /// # Safety
     /// The closure and the job that it was made of must be alive.
     pub(super) unsafe fn work(self) {
-        let Self { lane, n_lanes, n_parts, .. } = self;
+        let Self { lane, first, n_threads, n_parts, .. } = self;
         // SAFETY: alive by this function's contract.
         let (body, job) = unsafe { (&*self.body, &*self.job) };
-        body(lane, lane);
-        if n_parts > n_lanes {
+        body(lane, first);
+        if n_parts > n_threads {
             loop {
                 let part = job.next.fetch_add(1, Relaxed);
                 if part >= n_parts {
@@ -197,7 +202,7 @@ impl Helper {
         let mut spins = 0u32;
         while self.line.state.load(Acquire) == RUNNING {
             // It is inside its last part; it may have lost its core to another process.
-            if spins < 20_000 {
+            if spins < PATIENT_LOOKS {
                 std::hint::spin_loop();
             } else {
                 thread::yield_now();
@@ -242,9 +247,12 @@ impl Helper {
                     if spins.is_multiple_of(32) {
                         let since = *idle_since.get_or_insert_with(Instant::now);
                         let (patience, to) = if seen == IDLE { (SPIN, PARKED) } else { (CLAIMED_SPIN, ASLEEP) };
-                        if since.elapsed() > patience || seen == IDLE && is_crowded() {
+                        let waited = since.elapsed();
+                        if waited > patience || seen == IDLE && is_crowded() {
                             // A failure means that it was claimed, dismissed or given work in the meantime.
                             let _raced = state.compare_exchange(seen, to, SeqCst, Relaxed);
+                        } else if waited > SPIN {
+                            thread::yield_now();
                         }
                     }
                 }

@@ -4,6 +4,8 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use crate::kernels::layout::rows_fit;
+
 /// Something that falls into disjoint parts, so that threads can each take some of them mutably.
 ///
 /// # Safety
@@ -83,7 +85,12 @@ impl<'a, T> RowParts<'a, T> {
     /// If the rows of the cut are not all in `data`.
     #[must_use]
     pub fn new(data: &'a mut [T], width: usize, cut: Cut<'a>) -> Self {
-        assert!(cut.end() * width <= data.len(), "{} rows of {width} in {} elements", cut.end(), data.len());
+        assert!(
+            rows_fit(data.len(), cut.end(), width, width),
+            "{} rows of {width} in {} elements",
+            cut.end(),
+            data.len()
+        );
         Self { data: data.as_mut_ptr(), width, cut, lent: PhantomData }
     }
 }
@@ -124,7 +131,7 @@ impl<'a, T> PanelRowParts<'a, T> {
     /// If the sizes do not fit.
     #[must_use]
     pub fn new(data: &'a mut [T], n_rows: usize, width: usize, cut: Cut<'a>) -> Self {
-        let panel = n_rows * width;
+        let panel = n_rows.checked_mul(width).expect("a panel has less than 2^64 elements");
         assert!(data.len().is_multiple_of(panel) && cut.end() <= n_rows, "{} by {panel}", data.len());
         Self {
             n_panels: data.len().checked_div(panel).unwrap_or(0),

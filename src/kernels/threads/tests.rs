@@ -53,6 +53,25 @@ fn lanes_are_never_shared() {
 }
 
 #[test]
+fn a_helper_has_the_same_lane_whoever_it_helps() {
+    let cores = cores(4);
+    let busy: Vec<AtomicBool> = (0..4).map(|_| AtomicBool::new(false)).collect();
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    cores.enter().run(12, &|lane, _| {
+                        assert!(lane == 0 || !busy[lane].swap(true, SeqCst), "lane {lane} is used twice at once");
+                        std::hint::spin_loop();
+                        busy[lane].store(false, SeqCst);
+                    });
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn never_more_threads_compute_than_there_are_cores() {
     for n_cores in [1, 2, 3] {
         let cores = cores(n_cores);
@@ -147,7 +166,7 @@ fn parts_are_disjoint_and_complete() {
     let mut panels = vec![0u32; 2 * 9 * 8];
     let parts =
         (RowParts::new(&mut rows, 4, Cut::At(&bounds)), PanelRowParts::new(&mut panels, 9, 8, Cut::At(&bounds)));
-    seat.for_each(&parts, |_, index, (rows, mut panels)| {
+    seat.for_each(parts, |_, index, (rows, mut panels)| {
         rows.iter_mut().for_each(|value| *value += u32::try_from(index).unwrap() + 1);
         for panel in 0..2 {
             panels.panel(panel).iter_mut().for_each(|value| *value += u32::try_from(index).unwrap() + 1);

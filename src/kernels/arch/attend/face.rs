@@ -7,7 +7,7 @@ use super::tile::Tile;
 use super::{Attend, Head, QueryKeys};
 use crate::kernels::attention::{AttentionForm, CacheLine, Heads, KeySlots, Queries, SequenceHeads, SlotRange};
 use crate::kernels::isa::Isa;
-use crate::kernels::layout::PANEL;
+use crate::kernels::layout::{PANEL, rows_fit};
 
 /// Attention of one instruction set in one form.
 #[derive(Clone, Copy)]
@@ -63,7 +63,9 @@ impl Attention {
         let SequenceHeads { qkv, heads, first_row, len, slots } = *sequence;
         assert!(head < heads.n_heads && heads.d_head > 0 && len > 0, "head {head} of {heads:?}, {len} tokens");
         assert!(heads.d_head <= self.form().max_d_head(), "{heads:?} in {:?}", self.form());
-        assert!(first_row + len <= qkv.n_rows && qkv.data.len() >= heads.qkv_panels() * qkv.n_rows * PANEL);
+        let panel = qkv.n_rows.checked_mul(PANEL).expect("a panel has less than 2^64 elements");
+        assert!(first_row <= qkv.n_rows && len <= qkv.n_rows - first_row, "{len} tokens from {first_row} on");
+        assert!(rows_fit(qkv.data.len(), heads.qkv_panels(), panel, panel), "{heads:?} in {} numbers", qkv.data.len());
         Head { qkv: qkv.data.as_ptr(), n_rows: qkv.n_rows, heads, first_row, len, slots, head }
     }
 

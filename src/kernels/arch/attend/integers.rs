@@ -89,8 +89,8 @@ unsafe impl Integers for Portable {
     one! {
         fn load_int(from: *const i32) -> [i32; 4] = from.cast::<[i32; 4]>().read_unaligned();
         fn splat_int(x: i32) -> [i32; 4] = [x; 4];
-        fn add_int(a: [i32; 4], b: [i32; 4]) -> [i32; 4] = std::array::from_fn(|lane| a[lane] + b[lane]);
-        fn sum_int(x: [i32; 4]) -> i32 = x.iter().sum();
+        fn add_int(a: [i32; 4], b: [i32; 4]) -> [i32; 4] = std::array::from_fn(|lane| a[lane].wrapping_add(b[lane]));
+        fn sum_int(x: [i32; 4]) -> i32 = x.iter().fold(0, |sum, &lane| sum.wrapping_add(lane));
         fn low_byte(x: [i32; 4]) -> [i32; 4] = x.map(|lane| lane & 0xff);
         fn pair(first: [i32; 4], second: [i32; 4]) -> [i32; 4] =
             std::array::from_fn(|lane| (second[lane] << 16) | (first[lane] & 0xffff));
