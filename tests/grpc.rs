@@ -148,6 +148,9 @@ async fn texts_become_tokens_and_back() {
     let answers: Vec<EncodeResponse> =
         all(serving.stream("/tei.v1.Tokenize/TokenizeStream", vec![request; 3]).await).await.unwrap();
     assert_eq!(answers, vec![answer; 3]);
+    let long = EncodeRequest { inputs: "a ".repeat(2000) + "b", add_special_tokens: true, prompt_name: None };
+    let refused = serving.call::<_, EncodeResponse>("/tei.v1.Tokenize/Tokenize", long).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "more characters than the tokenizer is given");
     let request = DecodeRequest { ids: vec![2, 4, 6, 7, 3], skip_special_tokens: true };
     let answer: DecodeResponse = serving.call("/tei.v1.Tokenize/Decode", request.clone()).await.unwrap();
     assert_eq!(answer.text, "the gardens");

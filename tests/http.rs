@@ -104,6 +104,36 @@ async fn a_text_far_too_long_is_refused_by_its_characters_or_cut() {
     assert_eq!(cut.read::<Vec<Vec<f32>>>(), [pooled(&[&[2], [5; 14].as_slice(), &[3]].concat())]);
 }
 
+/// What the tokenizer is given is bounded by the model's length: 250 characters a token, blanks included.
+#[tokio::test]
+async fn the_tokenizer_is_given_no_more_than_so_many_characters() {
+    let service = service(|setup| setup.model.prompts = [("the".to_owned(), "the ".to_owned())].into());
+    // Characters, not bytes.
+    let most = "é ".repeat(2000);
+    let tokens = service.post("/tokenize", json!({"inputs": [most, "a"]})).await.read::<Vec<Vec<Value>>>();
+    assert_eq!((tokens[0].len(), tokens[1].len()), (2002, 3));
+    let more = most.clone() + "a";
+    for (body, got) in [
+        (json!({"inputs": more}), 4001),
+        (json!({"inputs": ["a", more]}), 4001),
+        (json!({"inputs": most, "prompt_name": "the"}), 4004),
+    ] {
+        let refused = service.post("/tokenize", body).await;
+        let message = format!("Input validation error: `inputs` must have less than 4000 characters. Given: {got}");
+        assert_eq!((refused.status, refused.json()["error"].clone()), (422, json!(message)));
+    }
+    // What is cut is cut before that: what lies beyond is not seen.
+    let text = |gap: usize| format!("a{}b", " ".repeat(gap));
+    for (gap, direction, seen) in
+        [(3998, "Right", "a b"), (3999, "Right", "a"), (3998, "Left", "a b"), (3999, "Left", "b"), (9000, "Left", "b")]
+    {
+        let body = json!({"inputs": text(gap), "truncation_direction": direction, "normalize": false});
+        let answer = service.post("/embed", body).await;
+        assert_eq!(answer.header("x-compute-characters"), (gap + 2).to_string());
+        assert_eq!(answer.read::<Vec<Vec<f32>>>(), [pooled(&ids(seen))], "{gap} {direction}");
+    }
+}
+
 #[tokio::test]
 async fn prompts_go_before_the_input() {
     let service = service(|setup| {
@@ -175,8 +205,9 @@ async fn tokenize_shows_tokens_and_decode_reads_them() {
     assert_eq!(decode(json!({"ids": [2, 4, 3], "skip_special_tokens": false})).await, ["[CLS] the [SEP]"]);
     assert_eq!(service.post("/decode", json!({"ids": [4, 1000]})).await.status, 422);
     // Long ones go to the tokenizer's threads.
-    let long = service.post("/tokenize", json!({"inputs": "tree ".repeat(5000)})).await.json();
-    assert_eq!(long[0].as_array().unwrap().len(), 5002);
+    let long = service.post("/tokenize", json!({"inputs": ["tree ".repeat(800), "a", "b"]})).await.json();
+    let lens: Vec<usize> = (0..3).map(|index| long[index].as_array().unwrap().len()).collect();
+    assert_eq!(lens, [802, 3, 3]);
     assert_eq!(decode(json!({"ids": vec![5; 3000]})).await, [["tree"; 3000].join(" ")]);
 }
 

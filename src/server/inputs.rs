@@ -20,7 +20,9 @@ use crate::text::{Direction, Part, Tokenizer, Wanted};
 /// and under load a wait for the processor.
 const INLINE_BYTES: usize = 512;
 
-/// Text Embeddings Inference refuses inputs with more characters per token allowed than this without tokenizing them.
+/// Inputs with more characters per token allowed than this are refused without tokenizing them, as Text Embeddings
+/// Inference does, or cut before they are tokenized. A tokenizer takes more than a hundred bytes of memory per byte of text,
+/// so that this is what bounds the cost of a request.
 const MAX_CHARS_PER_TOKEN: usize = 250;
 
 /// What becomes one sequence.
@@ -100,6 +102,37 @@ pub(crate) fn prompted<'a>(prompt: Option<&str>, text: &'a str) -> Cow<'a, str> 
     match prompt {
         None => Cow::Borrowed(text),
         Some(prompt) => Cow::Owned([prompt, text].concat()),
+    }
+}
+
+/// Characters that the tokenizer is given at once.
+fn max_chars(model: &Model) -> usize {
+    model.max_input_tokens.saturating_mul(MAX_CHARS_PER_TOKEN)
+}
+
+/// Refuses what has so many characters that it need not be tokenized to be refused.
+pub(crate) fn check_chars(model: &Model, texts: &[&str]) -> Result<(), ServerError> {
+    let limit = max_chars(model);
+    if texts.iter().map(|text| text.len()).sum::<usize>() > limit {
+        let got = texts.iter().map(|text| text.chars().count()).sum();
+        if got > limit {
+            return Err(ServerError::TooManyChars { got, limit });
+        }
+    }
+    Ok(())
+}
+
+/// The first `n_chars` characters of `text`, or the last ones if it is cut from the left.
+fn within(text: &str, n_chars: usize, direction: Direction) -> &str {
+    if text.len() <= n_chars {
+        return text;
+    }
+    match direction {
+        Direction::Right => text.char_indices().nth(n_chars).map_or(text, |(end, _)| &text[..end]),
+        // From behind the last character that is cut off.
+        Direction::Left => {
+            text.char_indices().nth_back(n_chars).map_or(text, |(start, cut)| &text[start + cut.len_utf8()..])
+        }
     }
 }
 
@@ -231,28 +264,17 @@ impl Encoder<'_> {
         }
     }
 
-    /// Refuses what has so many characters that it need not be tokenized to be refused.
-    fn check_chars(&self, texts: &[&str]) -> Result<(), ServerError> {
-        let limit = self.model.max_input_tokens.saturating_mul(MAX_CHARS_PER_TOKEN);
-        if texts.iter().map(|text| text.len()).sum::<usize>() > limit {
-            let got = texts.iter().map(|text| text.chars().count()).sum();
-            if got > limit {
-                return Err(ServerError::TooManyChars { got, limit });
-            }
-        }
-        Ok(())
-    }
-
     fn encode_text(&self, text: &str) -> Result<Vec<u32>, ServerError> {
         let limit = self.model.max_input_tokens;
         if self.truncates() {
-            let (ids, was_cut) = self.tokenizer.encode_within(text, limit, self.direction())?;
-            if was_cut {
+            let near = within(text, max_chars(self.model), self.direction());
+            let (ids, was_cut) = self.tokenizer.encode_within(near, limit, self.direction())?;
+            if was_cut || near.len() < text.len() {
                 events::truncated(&self.app.metrics);
             }
             return Ok(ids);
         }
-        self.check_chars(&[text])?;
+        check_chars(self.model, &[text])?;
         self.fit(self.tokenizer.encode(text, true)?)
     }
 
@@ -260,16 +282,19 @@ impl Encoder<'_> {
         let max_tokens = self.model.max_input_tokens;
         let limit = self.truncates().then(|| (max_tokens, self.direction()));
         if limit.is_none() {
-            self.check_chars(&[first, second])?;
+            check_chars(self.model, &[first, second])?;
         }
+        // Each for itself, so that the one that has more tokens is cut first, as it would be without this bound.
+        let near = |text| limit.map_or(text, |(_, direction)| within(text, max_chars(self.model), direction));
+        let (near_first, near_second) = (near(first), near(second));
         let known = self.first.take().filter(|(text, _)| Arc::ptr_eq(text, first)).map(|(_, part)| part);
         let part = match known {
             Some(part) => part,
-            None => self.tokenizer.part(first)?,
+            None => self.tokenizer.part(near_first)?,
         };
-        let pair = self.tokenizer.pair(part.clone(), self.tokenizer.part(second)?, limit)?;
+        let pair = self.tokenizer.pair(part.clone(), self.tokenizer.part(near_second)?, limit)?;
         self.first = Some((Arc::clone(first), part));
-        if pair.was_cut {
+        if pair.was_cut || near_first.len() + near_second.len() < first.len() + second.len() {
             events::truncated(&self.app.metrics);
         }
         let got = pair.ids.len();
@@ -292,5 +317,30 @@ impl Encoder<'_> {
         }
         events::truncated(&self.app.metrics);
         Ok(self.tokenizer.truncate(ids, limit, self.direction()).0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_cut_between_characters_from_either_side() {
+        let text = "aé庭🌲b";
+        for (n_chars, right, left) in [
+            (0, "", ""),
+            (1, "a", "b"),
+            (2, "aé", "🌲b"),
+            (3, "aé庭", "庭🌲b"),
+            (4, "aé庭🌲", "é庭🌲b"),
+            (5, text, text),
+        ] {
+            assert_eq!(within(text, n_chars, Direction::Right), right, "{n_chars}");
+            assert_eq!(within(text, n_chars, Direction::Left), left, "{n_chars}");
+        }
+        // More bytes than characters allowed, and no more characters.
+        assert_eq!(within(text, 10, Direction::Right), text);
+        assert_eq!(within(text, 10, Direction::Left), text);
+        assert_eq!(within("", 0, Direction::Left), "");
     }
 }

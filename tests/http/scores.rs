@@ -58,6 +58,31 @@ async fn rerank_sorts_texts_by_their_score() {
     assert_eq!(alone, json!([{"index": 0, "score": as_sent(number("tree", TEXTS[2]))}]));
 }
 
+/// Either text is bounded by itself, so that the cut stays where it would be without a bound.
+#[tokio::test]
+async fn texts_of_pairs_far_too_long_are_cut_before_they_are_tokenized() {
+    let service = service(|setup| setup.classify(&["LABEL_0"]));
+    let far = format!("a{}b", " ".repeat(4000));
+    let near = format!("a{}b", " ".repeat(3000));
+    for (query, text, direction, seen) in [
+        ("tree", far.as_str(), "Right", ("tree", "a")),
+        ("tree", far.as_str(), "Left", ("tree", "b")),
+        (far.as_str(), "tree", "Right", ("a", "tree")),
+        (far.as_str(), far.as_str(), "Left", ("b", "b")),
+        (near.as_str(), near.as_str(), "Right", ("a b", "a b")),
+    ] {
+        // Two documents, of which the second finds the query tokenized.
+        let body =
+            json!({"query": query, "texts": [text, text], "raw_scores": true, "truncation_direction": direction});
+        let ranks: Vec<Value> = service.post("/rerank", body).await.read();
+        for rank in &ranks {
+            assert_eq!(rank["score"], as_sent(number(seen.0, seen.1)), "{seen:?} {direction}");
+        }
+        let body = json!({"query": query, "texts": [text], "truncate": false});
+        assert_eq!(service.post("/rerank", body).await.status, 422);
+    }
+}
+
 #[tokio::test]
 async fn cohere_and_jina_get_their_words() {
     let service = service(|setup| setup.classify(&["LABEL_0"]));

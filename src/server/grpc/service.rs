@@ -20,7 +20,7 @@ use crate::server::api::{self, Item, Sentence};
 use crate::server::compute::{Computed, Timing, Work, compute};
 use crate::server::config::Task;
 use crate::server::error::ServerError;
-use crate::server::inputs::{Options, Piece, checked_len, prompt, prompted, tokenizing};
+use crate::server::inputs::{Options, Piece, check_chars, checked_len, prompt, prompted, tokenizing};
 use crate::server::routes::embed::{checked_dimensions, vectors};
 use crate::server::routes::ops::is_ready;
 use crate::server::routes::score::{pairs, piece, predictions, ranked};
@@ -193,6 +193,7 @@ pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result
     }
     let (tokens, _) = tokenizing(&context.target, &context.clock, inputs.len(), move |target, tokenizer, _| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
+        check_chars(&target.model, &[prompt.unwrap_or_default(), &inputs])?;
         Ok(tokens(tokenizer, &prompted(prompt, &inputs), add_special_tokens)?)
     })
     .await?;

@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use crate::server::api::{DecodeRequest, SimpleToken, Texts, TokenizeRequest};
 use crate::server::error::ServerError;
 use crate::server::extract::Call;
-use crate::server::inputs::{checked_batch, prompt, prompted, tokenizing};
+use crate::server::inputs::{check_chars, checked_batch, prompt, prompted, tokenizing};
 use crate::server::routes::ops::json;
 use crate::text::{Piece, TextError, Tokenizer};
 
@@ -24,13 +24,24 @@ pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, Se
     }
     // Tokens are written as objects, some fifty bytes for each few of text.
     let n_bytes = texts.iter().map(|text| 4 * text.len()).sum();
-    let (bytes, _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, _| {
+    let (bytes, _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, wanted| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
-        let mut answer = Vec::with_capacity(texts.len());
         for text in &texts {
-            answer.push(tokens(tokenizer, &prompted(prompt, text), add_special_tokens)?);
+            check_chars(&target.model, &[prompt.unwrap_or_default(), text])?;
         }
-        Ok(serde_json::to_vec(&answer).expect("lists of strings and numbers are always JSON"))
+        let mut answer = Vec::new();
+        for text in &texts {
+            if !wanted.now() {
+                // Nobody will see this.
+                return Err(ServerError::Internal);
+            }
+            answer.push(if answer.is_empty() { b'[' } else { b',' });
+            // Written at once: tokens as they are here take more memory than their JSON.
+            let tokens = tokens(tokenizer, &prompted(prompt, text), add_special_tokens)?;
+            serde_json::to_writer(&mut answer, &tokens).expect("lists of strings and numbers are always JSON");
+        }
+        answer.push(b']');
+        Ok(answer)
     })
     .await?;
     Ok(json(bytes).into_response())
