@@ -1,15 +1,21 @@
 //! The end of a service: what was accepted is finished, what comes after is told to go elsewhere.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "security/http2.rs"]
+#[allow(dead_code, reason = "a part of it is needed here")]
+mod http2;
 mod service;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use niwaki::telemetry::{RejectReason, Route};
 use serde_json::json;
 use service::{Client, SLOW_TIME, Serving, ids, pooled, serving, unit};
+use tokio::net::TcpStream;
 
 fn embed_request(text: &str) -> Vec<u8> {
     let body = json!({"inputs": text}).to_string();
@@ -236,4 +242,64 @@ async fn an_answer_under_way_is_written_to_its_end() {
     let rows = client.answer().await.unwrap().read::<Vec<Vec<Vec<f32>>>>();
     assert_eq!((rows.len(), rows[3999].len()), (4000, 16));
     serving.ended.await.unwrap().unwrap();
+}
+
+/// Rows of an answer of some 90 kB, which a connection is handed in one piece.
+const ROWS: usize = 1000;
+
+/// A service with `grace`, and an answer of it whose client of HTTP/2 gives leave to send its first thousand bytes.
+async fn held_answer(grace: Duration) -> (Serving, http2::Sender, hyper::Response<Incoming>) {
+    let serving = serving(grace, |setup| {
+        setup.config.max_client_batch_size = ROWS;
+        setup.limits.max_concurrent_requests = 16_000;
+    })
+    .await;
+    let mut client = http2::connect(TcpStream::connect(serving.address).await.unwrap(), Some(1000)).await;
+    let body = json!({"inputs": vec!["the tree"; ROWS]}).to_string();
+    let headers = [("content-type", "application/json")];
+    let answer = http2::send(&mut client, "/embed", &headers, Full::from(body).boxed()).await.unwrap();
+    assert_eq!(answer.status().as_u16(), 200);
+    (serving, client, answer)
+}
+
+/// What HTTP/2 keeps until its client gives leave to send it belongs to the answer.
+#[tokio::test]
+async fn an_answer_that_http2_holds_is_written_to_its_end() {
+    let (mut serving, _client, answer) = held_answer(Duration::from_secs(20)).await;
+    let start = Instant::now();
+    serving.stop();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!serving.ended.is_finished());
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    let rows: Vec<Vec<f32>> = serde_json::from_slice(&body).unwrap();
+    assert_eq!(rows, vec![unit(&pooled(&ids("the tree"))); ROWS]);
+    serving.ended.await.unwrap().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_client_of_http2_that_takes_nothing_is_cut_when_the_grace_ends() {
+    let grace = Duration::from_secs(1);
+    let (mut serving, _client, answer) = held_answer(grace).await;
+    let start = Instant::now();
+    serving.stop();
+    serving.ended.await.unwrap().unwrap();
+    let took = start.elapsed();
+    assert!(took >= grace && took < grace * 4, "{took:?}");
+    assert!(answer.into_body().collect().await.is_err());
+}
+
+#[tokio::test]
+async fn clients_of_http2_without_requests_hold_nothing_up_for_long() {
+    let mut serving = serving(Duration::from_secs(30), |_| {}).await;
+    let idle = http2::connect(TcpStream::connect(serving.address).await.unwrap(), None).await;
+    // One that begins (with empty settings) and then answers nothing, so that nobody knows whether it is still there.
+    let mut mute = Client::connect(serving.address).await.unwrap();
+    mute.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let start = Instant::now();
+    serving.stop();
+    serving.ended.await.unwrap().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    drop((idle, mute));
 }

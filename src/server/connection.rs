@@ -12,16 +12,19 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{Request, Response};
-use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::body::{Buf, Frame, Incoming, SizeHint};
 use hyper::service::{Service as _, service_fn};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
+/// How often a connection that is to end is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// What a connection is at.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
-    /// Requests whose answer has not been handed to the connection in full.
+    /// Requests whose answer has not been written in full.
     n_requests: AtomicUsize,
     /// Requests so far.
     n_begun: AtomicU64,
@@ -29,20 +32,30 @@ pub(crate) struct Activity {
     writing: AtomicBool,
     /// Whether they waited for too long.
     given_up: AtomicBool,
-    /// Answers that the connection could take more of, by request, and since when it has not: a client of HTTP/2 that
-    /// gives no leave to send holds an answer up while the connection itself is free.
-    held: Mutex<BTreeMap<u64, Instant>>,
+    /// Requests of whose answer pieces wait to be written: a client of HTTP/2 that gives no leave to send holds an answer
+    /// up while the connection itself is free.
+    held: Mutex<BTreeMap<u64, Held>>,
+}
+
+/// Pieces of an answer that wait to be written.
+#[derive(Debug)]
+struct Held {
+    n_pieces: usize,
+    /// When the client last took some of it.
+    since: Instant,
 }
 
 impl Activity {
-    /// Resolves when the connection is at nothing: no request, or only the beginning of one.
-    pub(crate) async fn ended(&self) {
-        // Two looks, so that an answer on its way from a stream of HTTP/2 to the connection is not overlooked.
-        let mut n_looks = 0;
-        while n_looks < 2 {
-            sleep(Duration::from_millis(10)).await;
-            let at_work = self.n_requests.load(Ordering::Relaxed) > 0 || self.writing.load(Ordering::Relaxed);
-            n_looks = if at_work { 0 } else { n_looks + 1 };
+    /// Resolves when the connection has been at nothing for `quiet`: no request, or only the beginning of one.
+    pub(crate) async fn ended(&self, quiet: Duration) {
+        let mut since = Instant::now();
+        loop {
+            sleep(LOOK).await;
+            if self.n_requests.load(Ordering::Relaxed) > 0 || self.writing.load(Ordering::Relaxed) {
+                since = Instant::now();
+            } else if since.elapsed() >= quiet {
+                return;
+            }
         }
     }
 
@@ -63,7 +76,7 @@ impl Activity {
     pub(crate) async fn stalled(&self, limit: Duration) {
         loop {
             sleep(limit / 2).await;
-            if self.held().values().min().is_some_and(|since| since.elapsed() >= limit) {
+            if self.held().values().any(|held| held.since.elapsed() >= limit) {
                 return;
             }
         }
@@ -74,12 +87,12 @@ impl Activity {
         self.given_up.load(Ordering::Relaxed)
     }
 
-    fn held(&self) -> MutexGuard<'_, BTreeMap<u64, Instant>> {
+    fn held(&self) -> MutexGuard<'_, BTreeMap<u64, Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A request on a connection, until its answer has been handed over or given up.
+/// A request on a connection, until its answer has been written or given up.
 struct Active {
     activity: Arc<Activity>,
     id: u64,
@@ -91,46 +104,74 @@ impl Active {
         let id = activity.n_begun.fetch_add(1, Ordering::Relaxed);
         Self { activity: Arc::clone(activity), id }
     }
-
-    /// Whether it is for the client to take more.
-    fn set_held(&self, held: bool) {
-        let mut all = self.activity.held();
-        if held {
-            all.insert(self.id, Instant::now());
-        } else {
-            all.remove(&self.id);
-        }
-    }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.set_held(false);
         self.activity.n_requests.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A piece of an answer that keeps its request active until it is written. Having handed it to the connection is not
+/// enough: HTTP/2 takes a piece of any size as soon as the client gives leave to send one byte, and keeps the rest.
+pub(crate) struct ActivePiece {
+    bytes: Bytes,
+    active: Arc<Active>,
+}
+
+impl ActivePiece {
+    fn new(bytes: Bytes, active: &Arc<Active>) -> Self {
+        let mut held = active.activity.held();
+        held.entry(active.id).or_insert_with(|| Held { n_pieces: 0, since: Instant::now() }).n_pieces += 1;
+        Self { bytes, active: Arc::clone(active) }
+    }
+}
+
+impl Drop for ActivePiece {
+    fn drop(&mut self) {
+        let mut all = self.active.activity.held();
+        if let Some(held) = all.get_mut(&self.active.id) {
+            held.n_pieces -= 1;
+            if held.n_pieces == 0 {
+                all.remove(&self.active.id);
+            }
+        }
+    }
+}
+
+impl Buf for ActivePiece {
+    fn remaining(&self) -> usize {
+        self.bytes.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.bytes.chunk()
+    }
+
+    fn advance(&mut self, n_bytes: usize) {
+        self.bytes.advance(n_bytes);
+        if let Some(held) = self.active.activity.held().get_mut(&self.active.id) {
+            held.since = Instant::now();
+        }
     }
 }
 
 /// A body that keeps its request active.
 pub(crate) struct ActiveBody {
     body: Body,
-    active: Active,
+    active: Arc<Active>,
 }
 
 impl hyper::body::Body for ActiveBody {
-    type Data = Bytes;
+    type Data = ActivePiece;
     type Error = axum::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        // Asked for more, so the client takes it; from what is given now on, it is the client's turn again.
-        self.active.set_held(false);
+    ) -> Poll<Option<Result<Frame<ActivePiece>, axum::Error>>> {
         let polled = Pin::new(&mut self.body).poll_frame(context);
-        if matches!(polled, Poll::Ready(Some(_))) {
-            self.active.set_held(true);
-        }
-        polled
+        polled.map_ok(|frame| frame.map_data(|bytes| ActivePiece::new(bytes, &self.active)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -162,11 +203,10 @@ pub(crate) fn service(
         if crowded {
             request.extensions_mut().insert(Crowded);
         }
-        let active = Active::new(&activity);
+        let active = Arc::new(Active::new(&activity));
         let answering = app.call(request);
         async move {
             let response = answering.await?;
-            active.set_held(true);
             Ok(response.map(|body| ActiveBody { body, active }))
         }
     })
@@ -246,6 +286,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeout<S> {
 
 #[cfg(test)]
 mod tests {
+    use http_body_util::BodyExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
     use tokio::time::Instant;
 
@@ -273,20 +314,46 @@ mod tests {
         let start = Instant::now();
         let watching = Arc::clone(&activity);
         let stalled = tokio::spawn(async move { watching.stalled(limit).await });
-        let answer = Active::new(&activity);
+        let answer = Arc::new(Active::new(&activity));
+        let piece = || ActivePiece::new(Bytes::from_static(&[7; 20]), &answer);
+        let (mut first, next) = (piece(), piece());
         for _ in 0..5 {
-            answer.set_held(true);
             sleep(Duration::from_secs(9)).await;
-            answer.set_held(false);
+            first.advance(4);
         }
+        drop((first, next));
         // What the service takes its time for is not the client's fault.
         sleep(Duration::from_secs(60)).await;
         assert!(!stalled.is_finished());
-        answer.set_held(true);
+        let last = piece();
         stalled.await.unwrap();
         assert!((115..=120).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
-        drop(answer);
+        drop(last);
         assert!(activity.held().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_at_work_until_its_last_piece_is_written() {
+        let activity = Arc::new(Activity::default());
+        let mut body = ActiveBody { body: Body::from(vec![7; 100]), active: Arc::new(Active::new(&activity)) };
+        let mut piece = body.frame().await.unwrap().unwrap().into_data().ok().unwrap();
+        assert!(hyper::body::Body::is_end_stream(&body));
+        drop(body);
+        let watching = Arc::clone(&activity);
+        let ended = tokio::spawn(async move { watching.ended(Duration::from_secs(2)).await });
+        let watching = Arc::clone(&activity);
+        let idle = tokio::spawn(async move { watching.idle(Duration::from_secs(5)).await });
+        for _ in 0..10 {
+            sleep(Duration::from_secs(6)).await;
+            piece.advance(10);
+        }
+        assert!(!ended.is_finished() && !idle.is_finished());
+        let start = Instant::now();
+        drop(piece);
+        ended.await.unwrap();
+        let took = start.elapsed();
+        assert!((1900..2100).contains(&took.as_millis()), "{took:?}");
+        idle.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

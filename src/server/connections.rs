@@ -42,6 +42,12 @@ const N_SPARE: usize = 64;
 /// How long a connection beyond the limit may be idle.
 const SPARE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a connection that is told to end must have been at nothing before it is cut. One of HTTP/1 ends by itself after
+/// its answer. On one of HTTP/2 the client is asked to end it and may have requests on the way until it has read that,
+/// so that only one that does not answer is cut.
+const QUIET_HTTP1: Duration = Duration::from_millis(20);
+const QUIET_HTTP2: Duration = Duration::from_secs(2);
+
 /// How long a connection that was accepted may still take to say something once the service has begun to close: its
 /// client had connected before, and may have its request on the way.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -248,7 +254,7 @@ impl Connection {
         let io = TokioIo::new(stream);
         /// Drives a connection to its end, its last request, or the end of the client's patience.
         macro_rules! drive {
-            ($connection:expr, $idle:expr, $stalled:expr) => {{
+            ($connection:expr, $idle:expr, $stalled:expr, $quiet:expr) => {{
                 let mut connection = pin!($connection);
                 tokio::select! {
                     // First what the client has sent already: a request that is there is answered, whatever else is true.
@@ -260,7 +266,7 @@ impl Connection {
                         tokio::select! {
                             result = connection.as_mut() => result.map_err(|error| self.reason(&error)),
                             () = $stalled => Err(Some(Dropped::SlowReader)),
-                            () = activity.ended() => Ok(()),
+                            () = activity.ended($quiet) => Ok(()),
                         }
                     }
                 }
@@ -275,7 +281,7 @@ impl Connection {
                     .keep_alive(!self.crowded);
                 let connection = http.serve_connection(io, service);
                 // Both are seen on the connection itself: hyper waits for heads, and `WriteTimeout` for readers.
-                drive!(connection, std::future::pending::<()>(), std::future::pending::<()>())
+                drive!(connection, std::future::pending::<()>(), std::future::pending::<()>(), QUIET_HTTP1)
             }
             Version::Http2 => {
                 let mut http = http2::Builder::new(TokioExecutor::new());
@@ -284,7 +290,8 @@ impl Connection {
                     .max_header_list_size(u32::try_from(config.max_head_bytes).unwrap_or(u32::MAX))
                     .max_concurrent_streams(MAX_STREAMS);
                 let connection = http.serve_connection(io, service);
-                drive!(connection, activity.idle(self.head_timeout), activity.stalled(config.body_timeout))
+                let limit = config.body_timeout;
+                drive!(connection, activity.idle(self.head_timeout), activity.stalled(limit), QUIET_HTTP2)
             }
         };
         match result {

@@ -223,6 +223,36 @@ async fn an_idle_connection_of_http2_is_closed_and_a_busy_one_is_not() {
     assert!(idle.is_closed() && busy.is_closed());
 }
 
+/// An answer that a connection is handed in one piece is not with its client by that.
+#[tokio::test]
+async fn an_answer_in_one_piece_keeps_its_connection_of_http2_until_it_is_taken() {
+    let body = json!({"inputs": vec!["a"; 1000]}).to_string();
+    let ask = async |serving: &Serving| {
+        let mut client = http2::connect(TcpStream::connect(serving.address).await.unwrap(), Some(1000)).await;
+        let headers = [("content-type", "application/json")];
+        let answer = http2::send(&mut client, "/embed", &headers, Full::from(body.clone()).boxed()).await.unwrap();
+        (client, answer)
+    };
+    // Taken late: longer than an idle connection would be left open.
+    let patient = serving(GRACE, |setup| {
+        large(setup);
+        setup.config.body_timeout = Duration::from_secs(30);
+        setup.config.head_timeout = Duration::from_millis(200);
+    })
+    .await;
+    let (_client, answer) = ask(&patient).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let taken = answer.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(serde_json::from_slice::<Vec<Vec<f32>>>(&taken).unwrap().len(), 1000);
+    // Not taken: given up long before the connection would be idle.
+    let serving = serving(GRACE, large).await;
+    let (_other, answer) = ask(&serving).await;
+    let metrics = &serving.service.metrics;
+    until("it is given up", || metrics.dropped(Dropped::SlowReader) == 1).await;
+    until("nothing is left of it", || metrics.connections(Port::Http) == 0).await;
+    assert!(answer.into_body().collect().await.is_err());
+}
+
 #[tokio::test]
 async fn half_a_message_of_grpc_is_given_up_and_a_quiet_stream_is_not() {
     let service = service(|setup| setup.config.body_timeout = Duration::from_millis(200));
