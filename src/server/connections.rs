@@ -7,7 +7,7 @@
 //! | sends a larger head than `max_head_bytes` | 431 |
 //! | does not send its body (`extract.rs`, `grpc/call.rs`) | `body_timeout` |
 //! | does not take its answer | `body_timeout` without taking anything |
-//! | is one too many | 429 for work, an answer to probes, and the end |
+//! | is one too many | 429 for work, an answer to probes, and the end (HTTP/2: after `SPARE_TIMEOUT`) |
 
 use std::io;
 use std::net::SocketAddr;
@@ -39,7 +39,8 @@ const HTTP2_PING: Duration = Duration::from_secs(30);
 /// Connections beyond the limit that are still answered: probes as ever, work with a refusal.
 const N_SPARE: usize = 64;
 
-/// How long a connection beyond the limit may be idle.
+/// How long a connection beyond the limit may be idle, and one of HTTP/2 may last: its client would be refused on it for
+/// ever, even when there is room again, and is told to connect anew. As long again it may take to end.
 const SPARE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a connection that is told to end must have been at nothing before it is cut. One of HTTP/1 ends by itself after
@@ -254,7 +255,7 @@ impl Connection {
         let io = TokioIo::new(stream);
         /// Drives a connection to its end, its last request, or the end of the client's patience.
         macro_rules! drive {
-            ($connection:expr, $idle:expr, $stalled:expr, $quiet:expr) => {{
+            ($connection:expr, $idle:expr, $stalled:expr, $ended:expr) => {{
                 let mut connection = pin!($connection);
                 tokio::select! {
                     // First what the client has sent already: a request that is there is answered, whatever else is true.
@@ -266,7 +267,7 @@ impl Connection {
                         tokio::select! {
                             result = connection.as_mut() => result.map_err(|error| self.reason(&error)),
                             () = $stalled => Err(Some(Dropped::SlowReader)),
-                            () = activity.ended($quiet) => Ok(()),
+                            () = $ended => Ok(()),
                         }
                     }
                 }
@@ -281,7 +282,8 @@ impl Connection {
                     .keep_alive(!self.crowded);
                 let connection = http.serve_connection(io, service);
                 // Both are seen on the connection itself: hyper waits for heads, and `WriteTimeout` for readers.
-                drive!(connection, std::future::pending::<()>(), std::future::pending::<()>(), QUIET_HTTP1)
+                let ended = activity.ended(QUIET_HTTP1);
+                drive!(connection, std::future::pending::<()>(), std::future::pending::<()>(), ended)
             }
             Version::Http2 => {
                 let mut http = http2::Builder::new(TokioExecutor::new());
@@ -290,8 +292,14 @@ impl Connection {
                     .max_header_list_size(u32::try_from(config.max_head_bytes).unwrap_or(u32::MAX))
                     .max_concurrent_streams(MAX_STREAMS);
                 let connection = http.serve_connection(io, service);
-                let limit = config.body_timeout;
-                drive!(connection, activity.idle(self.head_timeout), activity.stalled(limit), QUIET_HTTP2)
+                let stalled = || activity.stalled(config.body_timeout);
+                let idle = async {
+                    tokio::select! { () = activity.idle(self.head_timeout) => {} () = self.outstayed() => {} }
+                };
+                let ended = async {
+                    tokio::select! { () = activity.ended(QUIET_HTTP2) => {} () = self.outstayed() => {} }
+                };
+                drive!(connection, idle, stalled(), ended)
             }
         };
         match result {
@@ -299,6 +307,14 @@ impl Connection {
             // The client left, or spoke no HTTP.
             Ok(()) | Err(None) => Ok(()),
         }
+    }
+
+    /// Resolves when a connection beyond the limit has had its time; never for one within it.
+    async fn outstayed(&self) {
+        if !self.crowded {
+            std::future::pending::<()>().await;
+        }
+        sleep(self.head_timeout).await;
     }
 
     /// By which limit, if by any, a connection ended early.

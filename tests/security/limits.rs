@@ -99,6 +99,61 @@ async fn connections_are_limited_and_probes_get_through() {
     assert_eq!(client(&serving).await.post("/embed", &json!({"inputs": "a"})).await.unwrap().status, 200);
 }
 
+/// A busy client of HTTP/2 never leaves a connection idle, and would be refused on it for ever.
+#[tokio::test]
+async fn a_connection_of_http2_that_was_one_too_many_is_ended_and_its_client_comes_again() {
+    let serving = serving(GRACE, |setup| setup.config.max_connections = 1).await;
+    let metrics = &serving.service.metrics;
+    let body = json!({"inputs": "a"});
+    let mut inside = client(&serving).await;
+    assert_eq!(inside.post("/embed", &body).await.unwrap().status, 200);
+    let connect = async || http2::connect(TcpStream::connect(serving.address).await.unwrap(), None).await;
+    let mut crowded = connect().await;
+    let start = Instant::now();
+    let mut n_refused = 0;
+    // Until the client is told to connect anew.
+    while let Ok(answer) = http2::post(&mut crowded, "/embed", &body, &[]).await {
+        assert_eq!(answer.status, 429);
+        n_refused += 1;
+        assert!(start.elapsed() < Duration::from_secs(10), "it stays for ever");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(1500) && n_refused > 3, "{took:?}, {n_refused}");
+    until("its place is free", || metrics.connections(Port::Http) == 1).await;
+    drop(inside);
+    until("there is room", || metrics.connections(Port::Http) == 0).await;
+    assert_eq!(http2::post(&mut connect().await, "/embed", &body, &[]).await.unwrap().status, 200);
+}
+
+/// Probes are answered on such a connection, and the answer of one has no end.
+#[tokio::test]
+async fn a_watch_of_grpcs_health_does_not_keep_a_place_beyond_the_limit() {
+    let service = service(|setup| setup.config.max_connections = 1);
+    let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (http, grpc) = (bind().await, bind().await);
+    let address = grpc.local_addr().unwrap();
+    let listeners = Listeners { http, grpc: Some(grpc), admin: None };
+    tokio::spawn(serve(listeners, service.state.clone(), std::future::pending(), GRACE));
+    let connect = async || http2::connect(TcpStream::connect(address).await.unwrap(), None).await;
+    let metrics = &service.metrics;
+    let mut clients = Vec::new();
+    let mut watches = Vec::new();
+    for n_connections in 1..=2 {
+        let mut client = connect().await;
+        let headers = [("content-type", "application/grpc"), ("te", "trailers")];
+        let whole = Full::from(vec![0; 5]).boxed();
+        let watch = http2::send(&mut client, "/grpc.health.v1.Health/Watch", &headers, whole).await.unwrap();
+        let mut answer = watch.into_body();
+        assert!(answer.frame().await.unwrap().unwrap().is_data());
+        assert_eq!(metrics.connections(Port::Grpc), n_connections);
+        clients.push(client);
+        watches.push(answer);
+    }
+    until("the second is gone", || metrics.connections(Port::Grpc) == 1).await;
+    assert!(watches[1].frame().await.is_none_or(|frame| frame.is_err()));
+}
+
 #[tokio::test]
 async fn far_too_many_connections_are_not_answered_and_do_not_stay() {
     let serving = serving(GRACE, |setup| {
