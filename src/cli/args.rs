@@ -185,7 +185,7 @@ pub(super) struct ServeArgs {
     #[arg(long, env = "TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub(super) tls_key: Option<PathBuf>,
     /// Connections of each port at once; more get 429 for work and answers to probes, and far more none (default: three
-    /// quarters of the files that may be open, at most 16384).
+    /// quarters of the files that may be open, divided by the number of ports, at most 16384).
     #[arg(long, env = "MAX_CONNECTIONS")]
     pub(super) max_connections: Option<std::num::NonZeroUsize>,
     /// Largest head of a request in bytes; more gets 431.

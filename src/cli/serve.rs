@@ -95,21 +95,27 @@ fn timeout(args: &ServeArgs) -> Option<Duration> {
     (args.default_timeout_ms > 0).then(|| Duration::from_millis(args.default_timeout_ms))
 }
 
-/// Three quarters of the files that may be open, so that models, logs and downloads have theirs.
-fn default_connections() -> usize {
+fn files_allowed() -> usize {
     let n_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let n_files = n_files.map_or(usize::MAX, |n_files| usize::try_from(n_files).unwrap_or(usize::MAX));
-    (n_files / 4 * 3).clamp(1, ServerConfig::default().max_connections)
+    n_files.map_or(usize::MAX, |n_files| usize::try_from(n_files).unwrap_or(usize::MAX))
+}
+
+/// Connections of each port: three quarters of the files that may be open, so that models, logs and downloads have theirs,
+/// in equal parts, so that one port that is full leaves the others what is theirs.
+fn default_connections(n_files: usize, n_ports: usize) -> usize {
+    (n_files / 4 * 3 / n_ports).clamp(1, ServerConfig::default().max_connections)
 }
 
 fn server_config(args: &ServeArgs) -> ServerConfig {
     let defaults = ServerConfig::default();
     let n_threads = NonZeroUsize::new(players::n_threads(&args.model));
+    let n_ports = 1 + usize::from(args.grpc_port.is_some()) + usize::from(args.prometheus_port.is_some());
+    let n_connections = args.max_connections.map(NonZeroUsize::get);
     ServerConfig {
         api_keys: args.api_key.iter().cloned().collect(),
         api_key_file: args.api_key_file.clone(),
         tls: args.tls_cert.clone().zip(args.tls_key.clone()).map(|(cert, key)| TlsFiles { cert, key }),
-        max_connections: args.max_connections.map_or_else(default_connections, NonZeroUsize::get),
+        max_connections: n_connections.unwrap_or_else(|| default_connections(files_allowed(), n_ports)),
         max_head_bytes: args.max_header_size,
         cors_allow_origin: args.cors_allow_origin.clone(),
         payload_limit: args.payload_limit,
@@ -120,5 +126,25 @@ fn server_config(args: &ServeArgs) -> ServerConfig {
         slow_request: (args.slow_request_ms > 0).then(|| Duration::from_millis(args.slow_request_ms)),
         tokenization_workers: args.tokenization_workers.or(n_threads).unwrap_or(NonZeroUsize::MIN),
         ..defaults
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_ports_together_leave_a_quarter_of_the_files() {
+        for (n_files, n_ports, expected) in [
+            (1024, 1, 768),
+            (1024, 2, 384),
+            (1024, 3, 256),
+            (1_000_000, 3, 16_384),
+            (usize::MAX, 3, 16_384),
+            (20_000, 1, 15_000),
+            (3, 3, 1),
+        ] {
+            assert_eq!(default_connections(n_files, n_ports), expected, "{n_files} files, {n_ports} ports");
+        }
     }
 }
