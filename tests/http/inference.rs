@@ -106,8 +106,17 @@ async fn pairs_become_scores() {
         assert!((f64::from(*score) - 1.0 / (1.0 + (-f64::from(number)).exp())).abs() < 1e-6);
     }
     let mut only = body;
-    only["outputs"] = json!([{"name": "logits"}]);
-    assert_eq!(infer(&service, only).await["outputs"].as_array().unwrap().len(), 1);
+    // An empty list, or none, means all of them.
+    for (outputs, names) in [
+        (json!([{"name": "logits"}]), vec!["logits"]),
+        (json!([]), vec!["scores", "logits"]),
+        (Value::Null, vec!["scores", "logits"]),
+    ] {
+        only["outputs"] = outputs;
+        let answer = infer(&service, only.clone()).await;
+        let found: Vec<_> = answer["outputs"].as_array().unwrap().iter().map(|output| output["name"].clone()).collect();
+        assert_eq!(found, names);
+    }
 }
 
 #[tokio::test]

@@ -207,7 +207,7 @@ pub struct InferRequest {
     /// The input tensors.
     #[schema(value_type = Vec<InferTensor>)]
     pub inputs: Vec<Object<InferTensor>>,
-    /// The outputs wanted; all of them by default.
+    /// The outputs wanted; all of them by default, and if the list is empty.
     #[serde(default)]
     #[schema(value_type = Option<Vec<RequestedOutput>>)]
     pub outputs: Option<Vec<Object<RequestedOutput>>>,
