@@ -134,6 +134,21 @@ async fn the_tokenizer_is_given_no_more_than_so_many_characters() {
     }
 }
 
+/// What a client has not taken of its answer counts as the memory that it is.
+#[tokio::test]
+async fn tokens_that_are_not_taken_hold_memory() {
+    let service = service(|setup| {
+        setup.config.payload_limit = 300_000;
+        setup.config.max_body_bytes = 1_000_000;
+    });
+    let body = json!({"inputs": vec!["a ".repeat(2000); 32]});
+    let untaken = tower::ServiceExt::oneshot(service.router.clone(), post("/tokenize", &body)).await.unwrap();
+    assert_eq!(untaken.status().as_u16(), 200);
+    assert_eq!(service.post("/tokenize", body.clone()).await.status, 429);
+    drop(untaken);
+    assert_eq!(service.post("/tokenize", body).await.read::<Vec<Vec<Value>>>().len(), 32);
+}
+
 #[tokio::test]
 async fn prompts_go_before_the_input() {
     let service = service(|setup| {
@@ -205,9 +220,10 @@ async fn tokenize_shows_tokens_and_decode_reads_them() {
     assert_eq!(decode(json!({"ids": [2, 4, 3], "skip_special_tokens": false})).await, ["[CLS] the [SEP]"]);
     assert_eq!(service.post("/decode", json!({"ids": [4, 1000]})).await.status, 422);
     // Long ones go to the tokenizer's threads.
-    let long = service.post("/tokenize", json!({"inputs": ["tree ".repeat(800), "a", "b"]})).await.json();
-    let lens: Vec<usize> = (0..3).map(|index| long[index].as_array().unwrap().len()).collect();
-    assert_eq!(lens, [802, 3, 3]);
+    let tree = "tree ".repeat(800);
+    let long = service.post("/tokenize", json!({"inputs": [tree, tree, "a", tree]})).await.read::<Vec<Vec<Value>>>();
+    assert_eq!(long.iter().map(Vec::len).collect::<Vec<_>>(), [802, 802, 3, 802]);
+    assert_eq!(long[3][800], json!({"id": 5, "text": "tree", "special": false, "start": 3995, "stop": 3999}));
     assert_eq!(decode(json!({"ids": vec![5; 3000]})).await, [["tree"; 3000].join(" ")]);
 }
 

@@ -26,6 +26,7 @@ mod serve;
 mod shutdown;
 mod state;
 mod tls;
+mod tokens;
 
 pub use config::{ConfigError, ServedModel, ServerConfig, Task};
 pub use keys::KeyFileError;

@@ -4,16 +4,17 @@ use axum::response::{IntoResponse, Response};
 
 use crate::server::api::{DecodeRequest, SimpleToken, Texts, TokenizeRequest};
 use crate::server::error::ServerError;
-use crate::server::extract::Call;
+use crate::server::extract::{Call, SMALL_BODY, take_memory};
 use crate::server::inputs::{check_chars, checked_batch, prompt, prompted, tokenizing};
 use crate::server::routes::ops::json;
+use crate::server::tokens::TokensWriter;
 use crate::text::{Piece, TextError, Tokenizer};
 
 /// The tokens of each text.
 #[utoipa::path(post, path = "/tokenize", tag = "Tokenizer", request_body = TokenizeRequest,
     responses((status = 200, description = "A list of tokens per text", body = Vec<Vec<SimpleToken>>)))]
 pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, ServerError> {
-    let Call { target, body, clock, .. } = call;
+    let Call { target, body, clock, memory } = call;
     let TokenizeRequest { inputs, add_special_tokens, prompt_name } = body;
     let texts = match inputs {
         Texts::One(text) => vec![text],
@@ -24,27 +25,29 @@ pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, Se
     }
     // Tokens are written as objects, some fifty bytes for each few of text.
     let n_bytes = texts.iter().map(|text| 4 * text.len()).sum();
-    let (bytes, _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, wanted| {
+    let (writer, _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, wanted| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
         for text in &texts {
             check_chars(&target.model, &[prompt.unwrap_or_default(), text])?;
         }
-        let mut answer = Vec::new();
-        for text in &texts {
+        let mut writer = TokensWriter::default();
+        for text in texts {
             if !wanted.now() {
                 // Nobody will see this.
                 return Err(ServerError::Internal);
             }
-            answer.push(if answer.is_empty() { b'[' } else { b',' });
-            // Written at once: tokens as they are here take more memory than their JSON.
-            let tokens = tokens(tokenizer, &prompted(prompt, text), add_special_tokens)?;
-            serde_json::to_writer(&mut answer, &tokens).expect("lists of strings and numbers are always JSON");
+            let text = prompted(prompt, &text).into_owned();
+            let pieces = tokenizer.encode_detailed(&text, add_special_tokens)?;
+            writer.push(text, pieces);
         }
-        answer.push(b']');
-        Ok(answer)
+        Ok(writer)
     })
     .await?;
-    Ok(json(bytes).into_response())
+    drop(memory);
+    // The client may take its time to read the answer.
+    let n_bytes = writer.n_bytes();
+    let memory = if n_bytes > SMALL_BODY { Some(take_memory(&target.app, n_bytes)?) } else { None };
+    Ok(writer.respond(memory))
 }
 
 /// The tokens of a text.
