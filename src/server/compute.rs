@@ -79,6 +79,7 @@ impl Timing {
 /// What is to be computed for a request.
 pub(crate) struct Work {
     pub(crate) clock: Clock,
+    /// The share of the memory for bodies that the pieces take.
     pub(crate) body_memory: Option<OwnedSemaphorePermit>,
     pub(crate) pieces: Vec<Piece>,
     /// What the request calls its inputs.
@@ -101,9 +102,7 @@ pub(crate) async fn compute(
     want: Want,
 ) -> Result<Computed, ServerError> {
     let Work { clock, body_memory, pieces, field } = work;
-    let encoded = encode(target, &clock, pieces, options, field).await?;
-    // The texts are gone by now.
-    drop(body_memory);
+    let encoded = encode(target, &clock, pieces, options, field, body_memory).await?;
     // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
     let model = &target.model;
     let token_floats =
@@ -125,4 +124,37 @@ pub(crate) async fn compute(
         infer: reply.infer,
     };
     Ok(Computed { reply, timing, memory })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{Instant, sleep, timeout};
+
+    use super::*;
+    use crate::server::api::Item;
+    use crate::server::testing::{busy_tokenizer, state};
+    use crate::telemetry::Trace;
+
+    #[tokio::test]
+    async fn a_text_keeps_its_memory_while_it_waits_for_a_thread() {
+        let app = state();
+        let thread = busy_tokenizer(&app).await;
+        let free = app.body_memory.available_permits();
+        let target = Target { model: app.models.first(), app: app.clone() };
+        let start = Instant::now();
+        let clock = Clock { start, deadline: Some(start + Duration::from_millis(20)), trace: Trace::default() };
+        let text = "tree ".repeat(20 * 1024);
+        let body_memory = Some(take_memory(&app, text.len()).unwrap());
+        let work = Work { clock, body_memory, pieces: vec![Piece::Item(Item::Text(text))], field: "inputs" };
+        let late = compute(&target, work, Options::default(), Want::Pooled).await;
+        assert!(matches!(late, Err(ServerError::Deadline { .. })));
+        assert_eq!(app.body_memory.available_permits(), free - 100, "its client has given up, and the text is there");
+        drop(thread);
+        let freed = async {
+            while app.body_memory.available_permits() < free {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), freed).await.unwrap();
+    }
 }

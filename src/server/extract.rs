@@ -120,11 +120,12 @@ impl Received {
     /// Reads the body as a `T`.
     pub(crate) async fn parse<T: DeserializeOwned + Named + Send + 'static>(self) -> Result<Call<T>, ServerError> {
         let Self { app, asked, bytes, clock, memory } = self;
-        let Object(body): Object<T> = if bytes.len() <= SMALL_BODY {
-            serde_json::from_slice(&bytes)?
+        let (Object(body), memory): (Object<T>, _) = if bytes.len() <= SMALL_BODY {
+            (serde_json::from_slice(&bytes)?, memory)
         } else {
             let first = app.models.first();
-            let parsing = first.pool.run(move |_, _| serde_json::from_slice(&bytes));
+            // The share of the memory stays with the bytes: they wait for a thread, also when nobody waits for them.
+            let parsing = first.pool.run(move |_, _| serde_json::from_slice(&bytes).map(|body| (body, memory)));
             clock.within(&app, parsing).await?.map_err(ServerError::Pool)??
         };
         let model = app.models.find(asked.as_deref(), body.model())?;
@@ -266,7 +267,32 @@ pub(crate) async fn discard(headers: &HeaderMap, mut body: Body) {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::sleep;
+
     use super::*;
+    use crate::server::api::EmbedRequest;
+    use crate::server::testing::{busy_tokenizer, state};
+
+    #[tokio::test]
+    async fn a_body_keeps_its_memory_while_it_waits_for_a_thread() {
+        let app = state();
+        let thread = busy_tokenizer(&app).await;
+        let free = app.body_memory.available_permits();
+        let bytes = Bytes::from(format!(r#"{{"inputs":"{}"}}"#, "x".repeat(100 * 1024)));
+        let start = Instant::now();
+        let clock = Clock { start, deadline: Some(start + Duration::from_millis(20)), trace: Trace::default() };
+        let memory = Some(take_memory(&app, 100 * 1024).unwrap());
+        let received = Received { app: app.clone(), asked: None, bytes, clock, memory };
+        assert!(matches!(received.parse::<EmbedRequest>().await, Err(ServerError::Deadline { .. })));
+        assert_eq!(app.body_memory.available_permits(), free - 100, "its client has given up, and the body is there");
+        drop(thread);
+        let freed = async {
+            while app.body_memory.available_permits() < free {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), freed).await.unwrap();
+    }
 
     #[test]
     fn media_types_of_json() {

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::api::{Bounded, Input, Item, TruncationDirection};
@@ -158,17 +159,20 @@ pub(crate) async fn tokenizing<T: Send + 'static>(
     Ok((done, took))
 }
 
-/// Turns the inputs of a request into sequences.
+/// Turns the inputs of a request into sequences. `memory` is their share of the memory for bodies; it stays with them, as
+/// they may wait for a thread longer than their client waits for an answer.
 pub(crate) async fn encode(
     target: &Target,
     clock: &Clock,
     pieces: Vec<Piece>,
     options: Options,
     field: &'static str,
+    memory: Option<OwnedSemaphorePermit>,
 ) -> Result<Encoded, ServerError> {
     let prompt_len = prompt(&target.model, options.prompt_name.as_deref())?.map_or(0, str::len);
     let n_bytes = pieces.iter().map(|piece| piece.len() + prompt_len).sum();
     let (mut encoded, took) = tokenizing(target, clock, n_bytes, move |target, tokenizer, wanted| {
+        let _memory = memory;
         let Target { app, model } = target;
         let prompt = prompt(model, options.prompt_name.as_deref())?;
         let mut encoder = Encoder { app, model, tokenizer, prompt, options: &options, field, first: None };

@@ -304,7 +304,6 @@ async fn refuse(request: Request, error: ServerError) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::sync::Arc;
 
     use axum::routing::post;
@@ -312,77 +311,10 @@ mod tests {
     use tower::ServiceExt;
 
     use super::*;
-    use crate::engine::{Engine, EngineLimits};
-    use crate::model::{
-        Activation, Architecture, ArchitectureSpec, Band, Family, Forward, ForwardMemory, LayerConfig, ModelError,
-        Outputs, Pooling, Positions, RaggedBatch, Want,
-    };
-    use crate::server::{ModelParts, ServedModel, ServerConfig, Task};
+    use crate::server::testing::{TOKENIZER, state};
+    use crate::server::{ModelParts, ServedModel, ServerConfig};
     use crate::telemetry::Metrics;
     use crate::text::Tokenizer;
-
-    /// Never asked.
-    struct Nothing(Architecture);
-
-    impl Forward for Nothing {
-        fn architecture(&self) -> &Architecture {
-            &self.0
-        }
-        fn forward(&mut self, _: &RaggedBatch, _: Want, _: &mut Outputs) -> Result<(), ModelError> {
-            Err(ModelError::EmptySequence)
-        }
-        fn memory(&self) -> ForwardMemory {
-            ForwardMemory::default()
-        }
-    }
-
-    fn state() -> AppState {
-        let spec = ArchitectureSpec {
-            ranges: Vec::new(),
-            family: Family::Bert,
-            vocab_size: 4,
-            n_token_types: 0,
-            positions: Positions { table_len: 4, offset: 0, tiled: false },
-            d_model: 4,
-            norm_eps: 1e-12,
-            activation: Activation::Gelu,
-            layers: vec![LayerConfig { n_heads: 1, d_head: 4, d_ffn: 4, band: Band::FULL }],
-            pooling: Pooling::Mean,
-            normalize: true,
-            max_input_tokens: 4,
-            head: None,
-        };
-        let json = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-            "pre_tokenizer":null,"post_processor":null,"decoder":null,
-            "model":{"type":"WordLevel","vocab":{"tree":0,"?":1},"unk_token":"?"}}"#;
-        let text = || "test".to_owned();
-        let model = ServedModel {
-            model_id: text(),
-            model_sha: None,
-            served_name: text(),
-            family: text(),
-            compression: text(),
-            dtype: text(),
-            attention: text(),
-            isa: text(),
-            task: Task::Embedding { pooling: Pooling::Mean },
-            d_model: 4,
-            vocab_size: 4,
-            n_token_types: 0,
-            max_input_tokens: 4,
-            file_bytes: 0,
-            prompts: BTreeMap::new(),
-            default_prompt: None,
-        };
-        let metrics = Metrics::new();
-        let worker = Box::new(Nothing(Architecture::new(spec).unwrap()));
-        let engine = Engine::start(vec![worker], EngineLimits::default(), Arc::clone(&metrics)).unwrap();
-        let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
-        let parts = ModelParts { model, tokenizer, engine };
-        let state = AppState::new(ServerConfig::default(), vec![parts], metrics).unwrap();
-        state.readiness().set_ready();
-        state
-    }
 
     async fn bug() -> Response {
         panic!("as the test asks")
@@ -415,13 +347,10 @@ mod tests {
         use crate::server::ConfigError;
         let state = state();
         let new = |change: &dyn Fn(&mut ServerConfig, &mut ServedModel)| {
-            let json = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-                "pre_tokenizer":null,"post_processor":null,"decoder":null,
-                "model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}"#;
             let first = state.models.first();
             let (mut config, mut model) = (state.config.clone(), first.card.clone());
             change(&mut config, &mut model);
-            let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
+            let tokenizer = Arc::new(Tokenizer::from_bytes(TOKENIZER).unwrap());
             let parts = ModelParts { model, tokenizer, engine: first.engine.clone() };
             AppState::new(config, vec![parts], Metrics::new()).map(drop)
         };

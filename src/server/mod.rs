@@ -25,6 +25,8 @@ mod rows;
 mod serve;
 mod shutdown;
 mod state;
+#[cfg(test)]
+mod testing;
 mod tls;
 mod tokens;
 

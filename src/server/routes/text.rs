@@ -25,7 +25,7 @@ pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, Se
     }
     // Tokens are written as objects, some fifty bytes for each few of text.
     let n_bytes = texts.iter().map(|text| 4 * text.len()).sum();
-    let (writer, _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, wanted| {
+    let ((writer, memory), _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, wanted| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
         for text in &texts {
             check_chars(&target.model, &[prompt.unwrap_or_default(), text])?;
@@ -40,7 +40,8 @@ pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, Se
             let pieces = tokenizer.encode_detailed(&text, add_special_tokens)?;
             writer.push(text, pieces);
         }
-        Ok(writer)
+        // The share of the memory stays with the texts, also when their client has left.
+        Ok((writer, memory))
     })
     .await?;
     drop(memory);
@@ -75,19 +76,19 @@ pub(crate) fn text_of(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) ->
 #[utoipa::path(post, path = "/decode", tag = "Tokenizer", request_body = DecodeRequest,
     responses((status = 200, description = "One text per list of ids", body = Vec<String>)))]
 pub(crate) async fn decode(call: Call<DecodeRequest>) -> Result<Response, ServerError> {
-    let Call { target, body, clock, .. } = call;
+    let Call { target, body, clock, memory } = call;
     let DecodeRequest { ids, skip_special_tokens } = body;
     let lists = checked_batch(&target.app, ids.0, "ids")?;
     if lists.iter().any(Vec::is_empty) {
         return Err(ServerError::Empty { field: "ids" });
     }
     let n_bytes = lists.iter().map(|ids| 4 * ids.len()).sum();
-    let (bytes, _) = tokenizing(&target, &clock, n_bytes, move |_, tokenizer, _| {
+    let ((bytes, _memory), _) = tokenizing(&target, &clock, n_bytes, move |_, tokenizer, _| {
         let mut texts = Vec::with_capacity(lists.len());
         for ids in &lists {
             texts.push(text_of(tokenizer, ids, skip_special_tokens)?);
         }
-        Ok(serde_json::to_vec(&texts).expect("a list of strings is always JSON"))
+        Ok((serde_json::to_vec(&texts).expect("a list of strings is always JSON"), memory))
     })
     .await?;
     Ok(json(bytes).into_response())
