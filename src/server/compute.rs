@@ -156,5 +156,25 @@ mod tests {
             }
         };
         timeout(Duration::from_secs(10), freed).await.unwrap();
+        assert_eq!(app.metrics.cancellations(), 0, "it was told that it is late");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_while_its_text_waits_is_counted_once() {
+        let app = state();
+        let thread = busy_tokenizer(&app).await;
+        let target = Target { model: app.models.first(), app: app.clone() };
+        let work = || {
+            let clock = Clock { start: Instant::now(), deadline: None, trace: Trace::default() };
+            let pieces = vec![Piece::Item(Item::Text("tree ".repeat(1000)))];
+            Work { clock, body_memory: None, pieces, field: "inputs" }
+        };
+        let short = Duration::from_millis(20);
+        assert!(timeout(short, compute(&target, work(), Options::default(), Want::Pooled)).await.is_err());
+        assert_eq!(app.metrics.cancellations(), 1);
+        drop(thread);
+        // The model fails, which is an answer.
+        assert!(compute(&target, work(), Options::default(), Want::Pooled).await.is_err());
+        assert_eq!(app.metrics.cancellations(), 1);
     }
 }

@@ -81,17 +81,32 @@ impl Clock {
         Ok(Self { start, deadline: timeout.and_then(|timeout| start.checked_add(timeout)), trace })
     }
 
-    /// Waits for `work`, but not beyond the deadline.
+    /// Waits for `work`, but not beyond the deadline. A client that leaves meanwhile is counted, as the engine counts those
+    /// that leave later.
     pub(crate) async fn within<T>(&self, app: &AppState, work: impl Future<Output = T>) -> Result<T, ServerError> {
-        match self.deadline {
+        let mut waiting = Waiting(Some(app));
+        let done = match self.deadline {
             None => Ok(work.await),
             Some(deadline) => timeout_at(deadline, work).await.map_err(|_| self.expired(app)),
-        }
+        };
+        waiting.0 = None;
+        done
     }
 
     fn expired(&self, app: &AppState) -> ServerError {
         events::expired(&app.metrics, ExpiryStage::Tokenize);
         ServerError::Deadline { waited: self.start.elapsed() }
+    }
+}
+
+/// A client that waits; dropped before the wait is over, it has left.
+struct Waiting<'a>(Option<&'a AppState>);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(app) = self.0 {
+            events::cancelled(&app.metrics);
+        }
     }
 }
 

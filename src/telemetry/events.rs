@@ -97,7 +97,7 @@ pub fn expired(metrics: &Metrics, stage: ExpiryStage) {
     debug!(%stage, "deadline passed");
 }
 
-/// The client of a request left before the result.
+/// The client of a request left before the result; once per request.
 pub fn cancelled(metrics: &Metrics) {
     metrics.count_cancelled();
     debug!("request cancelled");
