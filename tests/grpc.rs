@@ -218,12 +218,17 @@ async fn pairs_are_scored() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_are_statuses_and_are_counted() {
-    let serving = serving(|setup| setup.n_workers = 1).await;
+    let serving = serving(|setup| {
+        setup.n_workers = 1;
+        setup.config.payload_limit = 100_000;
+    })
+    .await;
     let embed = |request: EmbedRequest| serving.call::<_, EmbedResponse>("/tei.v1.Embed/Embed", request);
     let code = |result: Result<EmbedResponse, Status>| result.unwrap_err().code();
     assert_eq!(code(embed(text("")).await), Code::InvalidArgument);
     assert_eq!(code(embed(text(&"a ".repeat(MAX_TOKENS))).await), Code::InvalidArgument, "too long, and not to be cut");
     assert_eq!(code(embed(EmbedRequest { dimensions: Some(0), ..text("a") }).await), Code::InvalidArgument);
+    assert_eq!(code(embed(text(&"a".repeat(120_000))).await), Code::OutOfRange);
     assert_eq!(code(embed(text("poison")).await), Code::FailedPrecondition);
     let mut named = Request::new(text("a"));
     named.metadata_mut().insert("x-model", "none".parse().unwrap());
@@ -278,6 +283,7 @@ async fn failures_are_statuses_and_are_counted() {
     assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 4);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 424), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 404), 1);
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 413), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 504), 1);
     assert_eq!(metrics.rejections(RejectReason::Deadline), 1);
     assert_eq!(metrics.responses(Route::GrpcRerank, 424), 1);

@@ -1,4 +1,4 @@
-//! Who may ask what, where, and how much of it: keys, ports, TLS, limits of connections.
+//! Who may ask what, where, and how much of it: keys, ports, TLS, limits of connections and memory.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod service;
@@ -9,6 +9,8 @@ mod http2;
 mod keys;
 #[path = "security/limits.rs"]
 mod limits;
+#[path = "security/memory.rs"]
+mod memory;
 #[path = "security/ports.rs"]
 mod ports;
 #[path = "security/tls.rs"]

@@ -101,6 +101,17 @@ pub(crate) async fn compute(
     options: Options,
     want: Want,
 ) -> Result<Computed, ServerError> {
+    compute_above(SMALL_BODY, target, work, options, want).await
+}
+
+/// The same, with a share of the memory for answers of more than `small` bytes.
+pub(crate) async fn compute_above(
+    small: usize,
+    target: &Target,
+    work: Work,
+    options: Options,
+    want: Want,
+) -> Result<Computed, ServerError> {
     let Work { clock, body_memory, pieces, field } = work;
     let encoded = encode(target, &clock, pieces, options, field, body_memory).await?;
     // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
@@ -109,7 +120,7 @@ pub(crate) async fn compute(
         if want == Want::PooledAndTokens { encoded.n_tokens.saturating_mul(model.card.d_model) } else { 0 };
     let n_floats = encoded.sequences.len().saturating_mul(model.width()).saturating_add(token_floats);
     let n_bytes = n_floats.saturating_mul(size_of::<f32>());
-    let memory = if n_bytes > SMALL_BODY { Some(take_memory(&target.app, n_bytes)?) } else { None };
+    let memory = if n_bytes > small { Some(take_memory(&target.app, n_bytes)?) } else { None };
     let submission = Submission { sequences: encoded.sequences, want, deadline: clock.deadline };
     let reply = model.engine.submit(submission).await?;
     let n_tokens = [("niwaki.tokens", encoded.n_tokens)];

@@ -90,7 +90,7 @@ pub struct ServerConfig {
     pub head_timeout: Duration,
     /// Time a request's body may take to arrive, and a client may take nothing of its answer.
     pub body_timeout: Duration,
-    /// Bytes of request bodies over 64 KiB that may be held at once.
+    /// Bytes of request bodies and answers over 64 KiB that may be held at once, and of all messages of gRPC's streams.
     pub max_body_bytes: usize,
 }
 

@@ -3,8 +3,12 @@
 //! It is served by the same connections, layers and handlers' parts as HTTP with JSON; only messages and statuses differ.
 
 mod call;
+mod context;
+mod incoming;
 pub mod messages;
+mod outgoing;
 mod service;
+mod stream;
 
 use axum::Router;
 use axum::body::Body;
@@ -17,7 +21,8 @@ use super::error::{ErrorClass, ServerError};
 use super::layers;
 use super::state::AppState;
 use crate::telemetry::events;
-use call::{client_streaming, server_streaming, streaming, unary};
+use call::{client_streaming, server_streaming, unary};
+use stream::streaming;
 
 /// Declares a handler per method: its path, how it is called, and what answers it.
 macro_rules! methods {
@@ -66,7 +71,8 @@ fn code_of(class: ErrorClass) -> Code {
         ErrorClass::MethodNotAllowed => Code::Unimplemented,
         ErrorClass::RequestTimeout | ErrorClass::Deadline => Code::DeadlineExceeded,
         ErrorClass::Tokenizer | ErrorClass::Backend => Code::FailedPrecondition,
-        ErrorClass::PayloadTooLarge | ErrorClass::Overloaded => Code::ResourceExhausted,
+        ErrorClass::PayloadTooLarge => Code::OutOfRange,
+        ErrorClass::Overloaded => Code::ResourceExhausted,
         ErrorClass::Internal => Code::Internal,
         ErrorClass::Unavailable => Code::Unavailable,
     }
@@ -77,7 +83,8 @@ pub(crate) fn counted_code(response: &Response) -> u16 {
     let status = Status::from_header_map(response.headers());
     let class = match status.map_or(Code::Ok, |status| status.code()) {
         Code::Ok => return response.status().as_u16(),
-        Code::InvalidArgument | Code::OutOfRange => ErrorClass::Validation,
+        Code::InvalidArgument => ErrorClass::Validation,
+        Code::OutOfRange => ErrorClass::PayloadTooLarge,
         Code::Unauthenticated => ErrorClass::Unauthorized,
         Code::NotFound => ErrorClass::NotFound,
         Code::Unimplemented => ErrorClass::MethodNotAllowed,

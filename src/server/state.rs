@@ -118,7 +118,7 @@ pub struct Shared {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) readiness: Readiness,
     pub(crate) work: Arc<Work>,
-    /// In KiB, of bodies over the small size.
+    /// In KiB, of bodies and answers over the small size, and of all messages of gRPC's streams.
     pub(crate) body_memory: Arc<Semaphore>,
     pub(crate) cors_origins: Vec<HeaderValue>,
     pub(crate) keys: ApiKeys,

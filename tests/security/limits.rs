@@ -345,4 +345,11 @@ async fn half_a_message_of_grpc_is_given_up_and_a_quiet_stream_is_not() {
     drop(sender);
     let trailers = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
     assert_eq!(trailers["grpc-status"], "0");
+    // But not in the middle of a message.
+    let (sender, body) = pieces();
+    sender.send(Ok(Frame::data(Bytes::from_static(&[0, 0, 0, 0, 5, 10, 3])))).await.unwrap();
+    let answer = http2::send(&mut client, "/tei.v1.Embed/EmbedStream", &headers, body).await.unwrap();
+    let trailers = answer.into_body().frame().await.unwrap().unwrap().into_trailers().unwrap();
+    assert_eq!(Status::from_header_map(&trailers).unwrap().code(), Code::DeadlineExceeded);
+    drop(sender);
 }

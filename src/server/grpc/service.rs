@@ -1,13 +1,14 @@
 //! What answers each method.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::sleep;
 use tonic::Status;
-use tonic::codec::Streaming;
 
-use super::call::{Context, next};
+use super::context::{Context, Head};
+use super::incoming::Messages;
 use super::messages::{
     DecodeRequest, DecodeResponse, EmbedAllRequest, EmbedAllResponse, EmbedRequest, EmbedResponse, EmbedSparseRequest,
     EmbedSparseResponse, EncodeRequest, EncodeResponse, HealthCheckRequest, HealthCheckResponse, InfoRequest,
@@ -15,9 +16,10 @@ use super::messages::{
     RerankRequest, RerankResponse, RerankStreamRequest, ServingStatus, SimpleToken, TokenEmbedding,
     TruncationDirection,
 };
+use super::outgoing::Answer;
 use crate::model::Want;
 use crate::server::api::{self, Item, Sentence};
-use crate::server::compute::{Computed, Timing, Work, compute};
+use crate::server::compute::{Computed, Timing, Work, compute_above};
 use crate::server::config::Task;
 use crate::server::error::ServerError;
 use crate::server::inputs::{Options, Piece, check_chars, checked_len, prompt, prompted, tokenizing};
@@ -60,12 +62,13 @@ fn metadata(timing: &Timing) -> Option<Metadata> {
     })
 }
 
-async fn run(context: &Context, pieces: Vec<Piece>, options: Options, want: Want) -> Result<Computed, ServerError> {
-    let work = Work { clock: context.clock.clone(), body_memory: None, pieces, field: "inputs" };
-    compute(&context.target, work, options, want).await
+async fn run(context: Context, pieces: Vec<Piece>, options: Options, want: Want) -> Result<Computed, ServerError> {
+    let Context { target, clock, memory, small } = context;
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    compute_above(small, &target, work, options, want).await
 }
 
-pub(super) async fn info(context: Context, _: InfoRequest) -> Result<InfoResponse, ServerError> {
+pub(super) async fn info(context: Context, _: InfoRequest) -> Result<Answer<InfoResponse>, ServerError> {
     let (config, model) = (&context.target.app.config, &context.target.model);
     let limits = model.engine.limits();
     let model_type = match &model.card.task {
@@ -73,7 +76,7 @@ pub(super) async fn info(context: Context, _: InfoRequest) -> Result<InfoRespons
         Task::Classification(head) if head.labels.len() == 1 => ModelType::Reranker,
         Task::Classification(_) => ModelType::Classifier,
     };
-    Ok(InfoResponse {
+    let message = InfoResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         sha: option_env!("NIWAKI_BUILD_SHA").map(str::to_owned),
         docker_label: option_env!("NIWAKI_IMAGE_LABEL").map(str::to_owned),
@@ -87,44 +90,53 @@ pub(super) async fn info(context: Context, _: InfoRequest) -> Result<InfoRespons
         max_batch_requests: limits.max_batch_requests.map(small),
         max_client_batch_size: small(config.max_client_batch_size),
         tokenization_workers: small(config.tokenization_workers.get()),
-    })
+    };
+    Ok(message.into())
 }
 
-pub(super) async fn embed(context: Context, request: EmbedRequest) -> Result<EmbedResponse, ServerError> {
+pub(super) async fn embed(context: Context, request: EmbedRequest) -> Result<Answer<EmbedResponse>, ServerError> {
     let model = &context.target.model;
     model.embeds()?;
     let dimensions = checked_dimensions(model, request.dimensions.map(|width| width as usize))?;
     let options = options(request.truncate, request.truncation_direction, request.prompt_name);
     let pieces = vec![Piece::Item(Item::Text(request.inputs))];
-    let Computed { reply, timing, .. } = run(&context, pieces, options, Want::Pooled).await?;
+    let Computed { reply, timing, memory } = run(context, pieces, options, Want::Pooled).await?;
     let embeddings = vectors(reply, dimensions, request.normalize.unwrap_or(true)).pop().unwrap_or_default();
-    Ok(EmbedResponse { embeddings, metadata: metadata(&timing) })
+    Ok(Answer { message: EmbedResponse { embeddings, metadata: metadata(&timing) }, memory })
 }
 
-pub(super) async fn embed_sparse(_: Context, _: EmbedSparseRequest) -> Result<EmbedSparseResponse, ServerError> {
+pub(super) async fn embed_sparse(
+    _: Context,
+    _: EmbedSparseRequest,
+) -> Result<Answer<EmbedSparseResponse>, ServerError> {
     Err(ServerError::MethodNotAllowed)
 }
 
-pub(super) async fn embed_all(context: Context, request: EmbedAllRequest) -> Result<EmbedAllResponse, ServerError> {
+pub(super) async fn embed_all(
+    context: Context,
+    request: EmbedAllRequest,
+) -> Result<Answer<EmbedAllResponse>, ServerError> {
     let model = &context.target.model;
     model.embeds()?;
+    let width = model.card.d_model;
     let options = options(request.truncate, request.truncation_direction, request.prompt_name);
     let pieces = vec![Piece::Item(Item::Text(request.inputs))];
-    let Computed { mut reply, timing, .. } = run(&context, pieces, options, Want::PooledAndTokens).await?;
+    let Computed { mut reply, timing, memory } = run(context, pieces, options, Want::PooledAndTokens).await?;
     let rows = reply.rows.pop().unwrap_or_default().tokens;
-    let rows = rows.chunks_exact(model.card.d_model).map(|row| TokenEmbedding { embeddings: row.to_vec() });
-    Ok(EmbedAllResponse { token_embeddings: rows.collect(), metadata: metadata(&timing) })
+    let rows = rows.chunks_exact(width).map(|row| TokenEmbedding { embeddings: row.to_vec() });
+    let message = EmbedAllResponse { token_embeddings: rows.collect(), metadata: metadata(&timing) };
+    Ok(Answer { message, memory })
 }
 
-pub(super) async fn predict(context: Context, request: PredictRequest) -> Result<PredictResponse, ServerError> {
+pub(super) async fn predict(context: Context, request: PredictRequest) -> Result<Answer<PredictResponse>, ServerError> {
     let PredictRequest { inputs, truncate, raw_scores, truncation_direction } = request;
-    predicted(&context, Sentence::One(inputs), options(truncate, truncation_direction, None), raw_scores).await
+    predicted(context, Sentence::One(inputs), options(truncate, truncation_direction, None), raw_scores).await
 }
 
 pub(super) async fn predict_pair(
     context: Context,
     request: PredictPairRequest,
-) -> Result<PredictResponse, ServerError> {
+) -> Result<Answer<PredictResponse>, ServerError> {
     let PredictPairRequest { mut inputs, truncate, raw_scores, truncation_direction } = request;
     let sentence = match (inputs.pop(), inputs.pop(), inputs.is_empty()) {
         (Some(text), None, true) => Sentence::One(text),
@@ -134,41 +146,49 @@ pub(super) async fn predict_pair(
             return Err(ServerError::Value { field: "inputs", reason });
         }
     };
-    predicted(&context, sentence, options(truncate, truncation_direction, None), raw_scores).await
+    predicted(context, sentence, options(truncate, truncation_direction, None), raw_scores).await
 }
 
 async fn predicted(
-    context: &Context,
+    context: Context,
     sentence: Sentence,
     options: Options,
     raw: bool,
-) -> Result<PredictResponse, ServerError> {
-    let head = context.target.model.head()?;
-    let Computed { mut reply, timing, .. } = run(context, vec![piece(sentence)], options, Want::Pooled).await?;
+) -> Result<Answer<PredictResponse>, ServerError> {
+    let model = Arc::clone(&context.target.model);
+    let head = model.head()?;
+    let Computed { mut reply, timing, memory } = run(context, vec![piece(sentence)], options, Want::Pooled).await?;
     let values = reply.rows.pop().unwrap_or_default().pooled;
     let message = |prediction: api::Prediction| Prediction { score: prediction.score, label: prediction.label };
     let predictions = predictions(head, values, raw).into_iter().map(message).collect();
-    Ok(PredictResponse { predictions, metadata: metadata(&timing) })
+    Ok(Answer { message: PredictResponse { predictions, metadata: metadata(&timing) }, memory })
 }
 
-pub(super) async fn rerank(context: Context, request: RerankRequest) -> Result<RerankResponse, ServerError> {
+pub(super) async fn rerank(context: Context, request: RerankRequest) -> Result<Answer<RerankResponse>, ServerError> {
     let RerankRequest { query, texts, truncate, raw_scores, return_text, truncation_direction } = request;
     checked_len(&context.target.app, texts.len(), "texts")?;
-    let head = context.target.model.reranker()?;
+    let model = Arc::clone(&context.target.model);
+    let head = model.reranker()?;
     let mut kept = if return_text { texts.iter().cloned().map(Some).collect() } else { vec![None; texts.len()] };
     let options = options(truncate, truncation_direction, None);
-    let Computed { reply, timing, .. } = run(&context, pairs(&query, texts), options, Want::Pooled).await?;
+    let Computed { reply, timing, memory } = run(context, pairs(&query, texts), options, Want::Pooled).await?;
     let rank = |(index, score): (usize, f32)| Rank { index: small(index), text: kept[index].take(), score };
     let ranks = ranked(head, reply, raw_scores).into_iter().map(rank).collect();
-    Ok(RerankResponse { ranks, metadata: metadata(&timing) })
+    Ok(Answer { message: RerankResponse { ranks, metadata: metadata(&timing) }, memory })
 }
 
 pub(super) async fn rerank_stream(
-    context: Context,
-    mut messages: Streaming<RerankStreamRequest>,
-) -> Result<Result<RerankResponse, ServerError>, Status> {
+    head: Head,
+    mut messages: Messages<RerankStreamRequest>,
+) -> Result<Answer<RerankResponse>, ServerError> {
     let mut whole: Option<RerankRequest> = None;
-    while let Some(message) = next(&context.target.app, &mut messages).await? {
+    let mut memory: Option<OwnedSemaphorePermit> = None;
+    while let Some((message, share)) = messages.next().await? {
+        match (&mut memory, share) {
+            (Some(memory), Some(share)) => memory.merge(share),
+            (None, share) => memory = share,
+            (Some(_), None) => {}
+        }
         let RerankStreamRequest { query, text, truncate, raw_scores, return_text, truncation_direction } = message;
         let whole = whole.get_or_insert_with(|| RerankRequest {
             query,
@@ -179,22 +199,22 @@ pub(super) async fn rerank_stream(
             truncation_direction,
         });
         whole.texts.push(text);
-        if let Err(error) = checked_len(&context.target.app, whole.texts.len(), "texts") {
-            return Ok(Err(error));
-        }
+        checked_len(&head.app, whole.texts.len(), "texts")?;
     }
-    Ok(rerank(context, whole.unwrap_or_default()).await)
+    rerank(head.context(memory)?, whole.unwrap_or_default()).await
 }
 
-pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result<EncodeResponse, ServerError> {
+pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result<Answer<EncodeResponse>, ServerError> {
     let EncodeRequest { inputs, add_special_tokens, prompt_name } = request;
     if inputs.is_empty() {
         return Err(ServerError::Empty { field: "inputs" });
     }
-    let (tokens, _) = tokenizing(&context.target, &context.clock, inputs.len(), move |target, tokenizer, _| {
+    let Context { target, clock, memory, .. } = context;
+    let ((tokens, memory), _) = tokenizing(&target, &clock, inputs.len(), move |target, tokenizer, _| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
         check_chars(&target.model, &[prompt.unwrap_or_default(), &inputs])?;
-        Ok(tokens(tokenizer, &prompted(prompt, &inputs), add_special_tokens)?)
+        // The share of the memory stays with the text, also when its client has left.
+        Ok((tokens(tokenizer, &prompted(prompt, &inputs), add_special_tokens)?, memory))
     })
     .await?;
     let message = |token: api::SimpleToken| SimpleToken {
@@ -204,19 +224,20 @@ pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result
         start: token.start.map(small),
         stop: token.stop.map(small),
     };
-    Ok(EncodeResponse { tokens: tokens.into_iter().map(message).collect() })
+    Ok(Answer { message: EncodeResponse { tokens: tokens.into_iter().map(message).collect() }, memory })
 }
 
-pub(super) async fn decode(context: Context, request: DecodeRequest) -> Result<DecodeResponse, ServerError> {
+pub(super) async fn decode(context: Context, request: DecodeRequest) -> Result<Answer<DecodeResponse>, ServerError> {
     let DecodeRequest { ids, skip_special_tokens } = request;
     if ids.is_empty() {
         return Err(ServerError::Empty { field: "ids" });
     }
-    let (text, _) = tokenizing(&context.target, &context.clock, 4 * ids.len(), move |_, tokenizer, _| {
-        text_of(tokenizer, &ids, skip_special_tokens)
+    let Context { target, clock, memory, .. } = context;
+    let ((text, memory), _) = tokenizing(&target, &clock, 4 * ids.len(), move |_, tokenizer, _| {
+        Ok((text_of(tokenizer, &ids, skip_special_tokens)?, memory))
     })
     .await?;
-    Ok(DecodeResponse { text })
+    Ok(Answer { message: DecodeResponse { text }, memory })
 }
 
 fn serving(app: &AppState) -> HealthCheckResponse {
@@ -224,11 +245,14 @@ fn serving(app: &AppState) -> HealthCheckResponse {
     HealthCheckResponse { status: status.into() }
 }
 
-pub(super) async fn health(context: Context, request: HealthCheckRequest) -> Result<HealthCheckResponse, ServerError> {
+pub(super) async fn health(
+    context: Context,
+    request: HealthCheckRequest,
+) -> Result<Answer<HealthCheckResponse>, ServerError> {
     if !SERVICES.contains(&request.service.as_str()) {
         return Err(ServerError::NotFound);
     }
-    Ok(serving(&context.target.app))
+    Ok(serving(&context.target.app).into())
 }
 
 /// The health now and whenever it changes, until the client leaves or the service ends.
