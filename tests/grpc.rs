@@ -3,22 +3,25 @@
 
 mod service;
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::uri::PathAndQuery;
+use niwaki::engine::EngineLimits;
 use niwaki::server::grpc::messages::{
     DecodeRequest, DecodeResponse, EmbedAllRequest, EmbedAllResponse, EmbedRequest, EmbedResponse, EmbedSparseRequest,
     EmbedSparseResponse, EncodeRequest, EncodeResponse, HealthCheckRequest, HealthCheckResponse, InfoRequest,
     InfoResponse, ModelType, PredictPairRequest, PredictRequest, PredictResponse, RerankRequest, RerankResponse,
     RerankStreamRequest, ServingStatus, TruncationDirection,
 };
-use niwaki::server::{Listeners, serve};
+use niwaki::server::{Listeners, ModelParts, ServedModel, serve};
 use niwaki::telemetry::{RejectReason, Route};
 use prost::Message;
-use service::{MAX_TOKENS, Service, Setup, ids, logits, pair, pooled, service, token_rows, unit};
+use service::{MAX_TOKENS, Service, Setup, ids, logits, pair, parts, pooled, service, token_rows, unit};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
 use tonic::codec::Streaming;
 use tonic::transport::{Channel, Endpoint};
@@ -85,6 +88,15 @@ impl Serving {
         let requests = Request::new(tokio_stream::iter(requests));
         let path = PathAndQuery::from_static(path);
         self.client().await.streaming(requests, path, ProstCodec::default()).await.unwrap().into_inner()
+    }
+
+    /// A stream whose messages are sent one by one, until the sender is dropped.
+    async fn open(&self) -> (mpsc::Sender<EmbedRequest>, Streaming<EmbedResponse>) {
+        let (sender, messages) = mpsc::channel(8);
+        let requests = Request::new(ReceiverStream::new(messages));
+        let path = PathAndQuery::from_static("/tei.v1.Embed/EmbedStream");
+        let answers = self.client().await.streaming(requests, path, ProstCodec::default()).await.unwrap();
+        (sender, answers.into_inner())
     }
 }
 
@@ -305,6 +317,38 @@ async fn a_client_that_leaves_a_stream_cancels_its_work() {
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     serving.service.engine.drained().await;
     assert!(serving.service.metrics.cancellations() >= 6, "{}", serving.service.metrics.cancellations());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_goes_on_with_the_model_that_took_the_old_ones_place() {
+    let serving = serving(|_| {}).await;
+    let tokenizers = Arc::new(Mutex::new(Vec::new()));
+    let (noted, metrics) = (Arc::clone(&tokenizers), Arc::clone(&serving.service.metrics));
+    serving.service.state.set_loader(Box::new(move |_: &str| -> Result<ModelParts, String> {
+        let mut noted = noted.lock().unwrap();
+        let prompt = ["the ", "a "][noted.len()];
+        let model = ServedModel { default_prompt: Some(prompt.to_owned()), ..Setup::default().model };
+        let parts = parts(model, 1, Duration::ZERO, &EngineLimits::default(), &metrics);
+        noted.push(Arc::downgrade(&parts.tokenizer));
+        Ok(parts)
+    }));
+    let (sender, mut answers) = serving.open().await;
+    let mut ask = async || {
+        sender.send(text("tree")).await.unwrap();
+        answers.next().await.unwrap().unwrap().embeddings
+    };
+    assert_eq!(ask().await, unit(&pooled(&ids("tree"))));
+    serving.service.state.reload(None).await.unwrap();
+    assert_eq!(ask().await, unit(&pooled(&ids("the tree"))));
+    // Between two messages it keeps none.
+    serving.service.state.reload(None).await.unwrap();
+    let replaced = tokenizers.lock().unwrap()[0].clone();
+    let start = std::time::Instant::now();
+    while replaced.strong_count() > 0 {
+        assert!(start.elapsed() < Duration::from_secs(5), "the stream keeps the old model");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(ask().await, unit(&pooled(&ids("a tree"))));
 }
 
 #[tokio::test(flavor = "multi_thread")]

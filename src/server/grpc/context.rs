@@ -1,6 +1,5 @@
 //! What a call is about, besides its messages.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::Request;
@@ -10,14 +9,14 @@ use tokio::time::Instant;
 
 use crate::server::error::ServerError;
 use crate::server::extract::{Clock, SMALL_BODY, Target, asked_model};
-use crate::server::models::Model;
 use crate::server::state::AppState;
 
 /// What the head of a call says.
 #[derive(Debug, Clone)]
 pub(super) struct Head {
     pub(super) app: AppState,
-    model: Arc<Model>,
+    /// The name of the model, not the model: a stream may be open for hours, and must not keep one that was replaced.
+    model: String,
     clock: Clock,
     has_deadline: bool,
 }
@@ -36,7 +35,7 @@ pub(super) struct Context {
 impl Head {
     pub(super) fn of(app: &AppState, request: &Request) -> Result<Self, ServerError> {
         let headers = request.headers();
-        let model = app.models.find(asked_model(request.uri(), headers)?.as_deref(), None)?;
+        let model = app.models.find(asked_model(request.uri(), headers)?.as_deref(), None)?.card.served_name.clone();
         let mut clock = Clock::of(app, request.extensions().get(), headers)?;
         let timeout = grpc_timeout(headers)?;
         if let Some(timeout) = timeout {
@@ -61,7 +60,8 @@ impl Head {
     }
 
     fn with(&self, clock: Clock, memory: Option<OwnedSemaphorePermit>, small: usize) -> Result<Context, ServerError> {
-        let model = Arc::clone(&self.model);
+        // Looked for anew each time: it may have been replaced.
+        let model = self.app.models.named(&self.model)?;
         Ok(Context { target: Target { app: self.app.clone(), model }, clock, memory, small })
     }
 }
