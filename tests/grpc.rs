@@ -352,6 +352,59 @@ async fn a_stream_goes_on_with_the_model_that_took_the_old_ones_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drain_waits_for_messages_and_ends_streams_with_a_status() {
+    let mut serving = serving(|setup| {
+        setup.classify(&["LABEL_0"]);
+        setup.others = vec![("encoder", &[])];
+    })
+    .await;
+    let open = async || {
+        let (sender, messages) = mpsc::channel(8);
+        let mut requests = Request::new(ReceiverStream::new(messages));
+        requests.metadata_mut().insert("x-model", "encoder".parse().unwrap());
+        let path = PathAndQuery::from_static("/tei.v1.Embed/EmbedStream");
+        let codec = ProstCodec::<EmbedRequest, EmbedResponse>::default();
+        (sender, serving.client().await.streaming(requests, path, codec).await.unwrap().into_inner())
+    };
+    let (busy, mut answers) = open().await;
+    let (idle, mut nothing) = open().await;
+    // A call of many messages that waits for the next of them.
+    let (part, parts) = mpsc::channel(1);
+    let mut client = serving.client().await;
+    let ranking = tokio::spawn(async move {
+        let path = PathAndQuery::from_static("/tei.v1.Rerank/RerankStream");
+        let codec = ProstCodec::<RerankStreamRequest, RerankResponse>::default();
+        client.client_streaming(Request::new(ReceiverStream::new(parts)), path, codec).await
+    });
+    part.send(RerankStreamRequest { query: "a".to_owned(), text: "b".to_owned(), ..Default::default() }).await.unwrap();
+    // Two for each worker, so that some wait.
+    for _ in 0..4 {
+        busy.send(text("slow")).await.unwrap();
+    }
+    // The four, and the call itself; the streams are at nothing by themselves.
+    while serving.service.metrics.requests_in_flight() < 5 {
+        tokio::task::yield_now().await;
+    }
+    let start = std::time::Instant::now();
+    serving.stop.take().unwrap().send(()).unwrap();
+    let ended = nothing.next().await.unwrap().unwrap_err();
+    assert_eq!((ended.code(), ended.message()), (Code::Unavailable, "the service is stopping"));
+    assert!(ended.metadata().contains_key("retry-after"));
+    for _ in 0..4 {
+        let answer = answers.next().await.unwrap().unwrap();
+        assert_eq!(answer.embeddings, unit(&pooled(&ids("slow"))), "what was read is answered");
+    }
+    assert_eq!(answers.next().await.unwrap().unwrap_err().code(), Code::Unavailable);
+    assert_eq!(ranking.await.unwrap().unwrap_err().code(), Code::Unavailable);
+    serving.ended.await.unwrap().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?} of 5 s", start.elapsed());
+    let metrics = &serving.service.metrics;
+    assert_eq!((metrics.requests_in_flight(), metrics.cancellations()), (0, 0));
+    assert_eq!(metrics.rejections(RejectReason::Draining), 1, "the call; nothing was refused to the streams");
+    drop((busy, idle, part));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn keys_and_the_drain_hold_for_grpc_too() {
     let mut serving = serving(|setup| setup.config.api_keys = vec!["key".to_owned()]).await;
     let refused = serving.call::<_, EmbedResponse>("/tei.v1.Embed/Embed", text("a")).await.unwrap_err();

@@ -48,9 +48,6 @@ pub(crate) const MODEL_PATH: &str = "/v1/models/{*id}";
 /// Below this, gzip costs more time than the bytes it saves take on a network: a single embedding stays as it is.
 const GZIP_ABOVE: u64 = 32 * 1024;
 
-/// When a client that found the service draining may find another one at its address.
-const DRAIN_RETRY: Duration = Duration::from_secs(1);
-
 /// What is known of a request on arrival.
 #[derive(Debug, Clone)]
 pub(crate) struct Arrival {
@@ -290,7 +287,7 @@ async fn guard(State(app): State<AppState>, request: Request, next: Next) -> Res
     match app.readiness.phase() {
         Phase::Ready => next.run(request).await,
         Phase::Loading => refuse(request, ServerError::Loading).await,
-        Phase::Draining => refuse(request, ServerError::Draining { retry_after: DRAIN_RETRY }).await,
+        Phase::Draining => refuse(request, ServerError::DRAINING).await,
     }
 }
 

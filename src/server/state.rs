@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 use tokio::sync::{Mutex, Notify, Semaphore};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::api;
 use super::config::{ConfigError, ServerConfig};
@@ -28,14 +29,17 @@ pub enum Phase {
 }
 
 /// A latch: loading, ready, draining, never back.
-#[derive(Debug)]
-pub struct Readiness(AtomicU8);
+#[derive(Debug, Default)]
+pub struct Readiness {
+    phase: AtomicU8,
+    draining: CancellationToken,
+}
 
 impl Readiness {
     /// The phase now.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        match self.0.load(Ordering::SeqCst) {
+        match self.phase.load(Ordering::SeqCst) {
             0 => Phase::Loading,
             1 => Phase::Ready,
             _ => Phase::Draining,
@@ -47,14 +51,20 @@ impl Readiness {
         self.phase() == Phase::Draining
     }
 
+    /// Resolves when the end has begun.
+    pub(crate) async fn draining(&self) {
+        self.draining.cancelled().await;
+    }
+
     /// Takes requests from now on, unless draining.
     pub fn set_ready(&self) {
-        self.0.fetch_max(1, Ordering::SeqCst);
+        self.phase.fetch_max(1, Ordering::SeqCst);
     }
 
     /// Takes no requests any more.
     pub fn set_draining(&self) {
-        self.0.store(2, Ordering::SeqCst);
+        self.phase.store(2, Ordering::SeqCst);
+        self.draining.cancel();
     }
 }
 
@@ -183,7 +193,7 @@ impl AppState {
             config,
             models: Models::new(models)?,
             metrics,
-            readiness: Readiness(AtomicU8::new(0)),
+            readiness: Readiness::default(),
             work: Arc::default(),
             cors_origins,
             keys,

@@ -182,6 +182,9 @@ fn engine_message(error: &EngineError) -> String {
 }
 
 impl ServerError {
+    /// To a client that finds the service draining: another one may soon answer at its address.
+    pub(crate) const DRAINING: Self = Self::Draining { retry_after: Duration::from_secs(1) };
+
     /// What the error is to a client.
     #[must_use]
     pub fn class(&self) -> ErrorClass {

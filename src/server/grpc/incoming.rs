@@ -2,13 +2,14 @@
 //! the largest one for as long as a stream is open, without asking whether there is memory for them.
 
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use http_body_util::BodyExt;
 use prost::Message;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::server::error::ServerError;
 use crate::server::extract::take_memory;
@@ -16,6 +17,9 @@ use crate::server::state::AppState;
 
 /// Before each message: whether it is compressed, and its length.
 const HEAD_LEN: usize = 5;
+
+/// How long a message may still take to come once the service has begun to stop.
+const LAST_MESSAGES: Duration = Duration::from_millis(500);
 
 /// The messages of a client.
 pub(super) struct Messages<Req> {
@@ -63,6 +67,20 @@ impl<Req: Message + Default> Messages<Req> {
         }
         let message = Req::decode(bytes.as_slice()).map_err(|error| ServerError::Message(error.to_string()))?;
         Ok(Some((message, memory)))
+    }
+
+    /// The same for a call of many messages and one answer, which is given up when the service stops and the rest of its
+    /// messages do not come at once: its client may take its time.
+    pub(super) async fn next_of_many(&mut self) -> Result<Option<Received<Req>>, ServerError> {
+        let app = self.app.clone();
+        let stopped = async {
+            app.readiness.draining().await;
+            sleep(LAST_MESSAGES).await;
+        };
+        tokio::select! {
+            received = self.next() => received,
+            () = stopped => Err(ServerError::DRAINING),
+        }
     }
 
     /// Fills `out` up to `len` bytes, or as far as the body goes.

@@ -183,7 +183,7 @@ pub(super) async fn rerank_stream(
 ) -> Result<Answer<RerankResponse>, ServerError> {
     let mut whole: Option<RerankRequest> = None;
     let mut memory: Option<OwnedSemaphorePermit> = None;
-    while let Some((message, share)) = messages.next().await? {
+    while let Some((message, share)) = messages.next_of_many().await? {
         match (&mut memory, share) {
             (Some(memory), Some(share)) => memory.merge(share),
             (None, share) => memory = share,

@@ -10,11 +10,12 @@ use tonic::Status;
 
 use super::call::check_encoding;
 use super::context::{Context, Head};
-use super::failed;
 use super::incoming::Messages;
 use super::outgoing::{Answer, Sending, respond};
+use super::{failed, status_of};
 use crate::server::error::ServerError;
-use crate::server::state::AppState;
+use crate::server::state::{AppState, WorkGuard};
+use crate::telemetry::InFlight;
 
 /// Messages of a stream that are computed at once.
 const WINDOW: usize = 32;
@@ -28,10 +29,22 @@ impl<T> Drop for AbortOnDrop<T> {
     }
 }
 
+/// Counts a message as a request from its arrival until its answer has been sent: a drain waits for that.
+struct Underway {
+    _work: WorkGuard,
+    _in_flight: InFlight,
+}
+
+impl Underway {
+    fn new(app: &AppState) -> Self {
+        Self { _work: app.work.begin(), _in_flight: app.metrics.in_flight() }
+    }
+}
+
 /// What a stream tells next.
 enum Turn<Res> {
     /// The answer to a message.
-    Message(AbortOnDrop<Result<Answer<Res>, Status>>),
+    Message(AbortOnDrop<Result<Answer<Res>, Status>>, Underway),
     /// Why there is no other.
     End(Status),
 }
@@ -59,7 +72,7 @@ where
     respond(Sending::new(ReceiverStream::new(answers)))
 }
 
-/// Begins the work of every message that comes.
+/// Begins the work of every message that comes, until there are no more or the service stops.
 async fn read<Req, Res, F, Fut>(head: Head, mut messages: Messages<Req>, started: mpsc::Sender<Turn<Res>>, answer: F)
 where
     Req: Message + Default,
@@ -69,6 +82,12 @@ where
 {
     loop {
         let received = tokio::select! {
+            biased;
+            // Nobody is refused anything by it, so that it is not counted.
+            () = head.app.readiness.draining() => {
+                started.send(Turn::End(status_of(&ServerError::DRAINING))).await.ok();
+                return;
+            }
             received = messages.next() => received,
             // A failure has ended the stream, or its client has left.
             () = started.closed() => return,
@@ -76,14 +95,21 @@ where
         let begun = match received {
             // What breaks the body has taken the client along.
             Ok(None) | Err(ServerError::Body) => return,
-            Ok(Some((message, memory))) => head.context_of_message(memory).map(|context| answer(context, message)),
+            Ok(Some((message, memory))) => {
+                // First counted, then asked, as every request: see `Work`.
+                let underway = Underway::new(&head.app);
+                match head.app.readiness.is_draining() {
+                    true => Err(ServerError::DRAINING),
+                    false => head.context_of_message(memory).map(|context| (answer(context, message), underway)),
+                }
+            }
             Err(error) => Err(error),
         };
         let turn = match begun {
-            Ok(answering) => {
+            Ok((answering, underway)) => {
                 let app = head.app.clone();
                 let work = async move { answering.await.map_err(|error| failed(&app, &error)) };
-                Turn::Message(AbortOnDrop(tokio::spawn(work)))
+                Turn::Message(AbortOnDrop(tokio::spawn(work)), underway)
             }
             // Told in its place, and the end.
             Err(error) => Turn::End(failed(&head.app, &error)),
@@ -95,28 +121,29 @@ where
     }
 }
 
-/// An answer, and its share of the memory.
-type Told<Res> = (Result<Res, Status>, Option<OwnedSemaphorePermit>);
+/// An answer, and what is held until it has been sent: its share of the memory, and its place among the requests.
+type Told<Res> = (Result<Res, Status>, (Option<OwnedSemaphorePermit>, Option<Underway>));
 
 /// Hands the answers over in the order of their messages, up to the first failure.
 async fn deliver<Res>(mut turns: mpsc::Receiver<Turn<Res>>, out: mpsc::Sender<Told<Res>>) {
     loop {
         let told = async {
             match turns.recv().await? {
-                Turn::Message(mut work) => {
-                    Some((&mut work.0).await.unwrap_or_else(|_| Err(Status::internal("internal error"))))
+                Turn::Message(mut work, underway) => {
+                    let answer = (&mut work.0).await.unwrap_or_else(|_| Err(Status::internal("internal error")));
+                    Some((answer, Some(underway)))
                 }
-                Turn::End(status) => Some(Err(status)),
+                Turn::End(status) => Some((Err(status), None)),
             }
         };
-        let answer = tokio::select! {
-            answer = told => answer,
+        let told = tokio::select! {
+            told = told => told,
             // What is computed for a client that has left is given up at once.
             () = out.closed() => return,
         };
-        let told = match answer {
-            Some(Ok(Answer { message, memory })) => (Ok(message), memory),
-            Some(Err(status)) => (Err(status), None),
+        let told = match told {
+            Some((Ok(Answer { message, memory }), underway)) => (Ok(message), (memory, underway)),
+            Some((Err(status), underway)) => (Err(status), (None, underway)),
             None => return,
         };
         let ends = told.0.is_err();
