@@ -145,7 +145,7 @@ async fn embeddings_come_as_messages() {
     for (answer, text) in answers.iter().zip(&texts) {
         assert_eq!(answer.embeddings, unit(&pooled(&ids(text))));
     }
-    assert_eq!(serving.service.metrics.responses(Route::GrpcEmbed, 200), 6);
+    assert_eq!(serving.service.metrics.responses(Route::GrpcEmbed, 200), 205, "every message of the stream is one");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -292,7 +292,9 @@ async fn failures_are_statuses_and_are_counted() {
     assert_eq!(late.code(), Code::DeadlineExceeded);
     slow.await.unwrap().unwrap();
     let metrics = &serving.service.metrics;
-    assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 4);
+    // Of the streams each message that was answered: two, and two of what ends a stream.
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 200), 3);
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 6);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 424), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 404), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 413), 1);

@@ -13,6 +13,9 @@ use crate::telemetry::Route;
 pub use kinds::ServerError;
 pub(crate) use kinds::shortened;
 
+/// The status code of what is no error.
+pub(crate) const OK: u16 = StatusCode::OK.as_u16();
+
 /// What an error is to a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ErrorClass {

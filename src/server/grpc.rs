@@ -17,7 +17,7 @@ use axum::response::Response;
 use axum::routing::post;
 use tonic::{Code, Status};
 
-use super::error::{ErrorClass, ServerError};
+use super::error::{ErrorClass, OK, ServerError};
 use super::layers;
 use super::state::AppState;
 use crate::telemetry::events;
@@ -78,11 +78,19 @@ fn code_of(class: ErrorClass) -> Code {
     }
 }
 
-/// The status code by which the metrics count an answer: that of HTTP which means the same.
+/// Marks the response of a stream: what counts is its messages, each when it is answered.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Streamed;
+
+/// The status code by which the metrics count a response.
 pub(crate) fn counted_code(response: &Response) -> u16 {
-    let status = Status::from_header_map(response.headers());
-    let class = match status.map_or(Code::Ok, |status| status.code()) {
-        Code::Ok => return response.status().as_u16(),
+    Status::from_header_map(response.headers()).map_or(response.status().as_u16(), |status| counted_as(status.code()))
+}
+
+/// The status code by which the metrics count a code: that of HTTP which means the same.
+fn counted_as(code: Code) -> u16 {
+    let class = match code {
+        Code::Ok => return OK,
         Code::InvalidArgument => ErrorClass::Validation,
         Code::OutOfRange => ErrorClass::PayloadTooLarge,
         Code::Unauthenticated => ErrorClass::Unauthorized,

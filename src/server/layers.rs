@@ -143,9 +143,8 @@ async fn front(State(app): State<AppState>, mut request: Request, next: Next) ->
         request_id: request_id.to_str().unwrap_or_default(),
         trace_id: trace_id.as_deref(),
     };
-    events::response_sent(&app.metrics, &stats);
-    if work && app.config.slow_request.is_some_and(|limit| stats.duration >= limit) {
-        events::slow_request(&stats, response.extensions().get::<StageTimes>().copied());
+    if response.extensions().get::<grpc::Streamed>().is_none() {
+        count(&app, &stats, work, response.extensions().get::<StageTimes>().copied());
     }
     if let Some(parent) = span.header().and_then(|parent| HeaderValue::try_from(parent).ok()) {
         response.headers_mut().insert(TRACEPARENT, parent);
@@ -153,6 +152,14 @@ async fn front(State(app): State<AppState>, mut request: Request, next: Next) ->
     span.end(stats.code, stats.request_id);
     response.headers_mut().insert(REQUEST_ID, request_id);
     response
+}
+
+/// Counts an answer, and tells of work that was slow.
+pub(crate) fn count(app: &AppState, stats: &ResponseStats<'_>, work: bool, stages: Option<StageTimes>) {
+    events::response_sent(&app.metrics, stats);
+    if work && app.config.slow_request.is_some_and(|limit| stats.duration >= limit) {
+        events::slow_request(stats, stages);
+    }
 }
 
 /// The span of a request for work; of probes and pages there are none.

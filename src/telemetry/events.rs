@@ -22,7 +22,7 @@ pub struct ResponseStats<'a> {
     pub route: Route,
     /// Status code.
     pub code: u16,
-    /// From the request's head to the response's.
+    /// From the request's head to the response's; of a stream's message, from its arrival until there was an answer.
     pub duration: Duration,
     /// Id of the request, checked by the server.
     pub request_id: &'a str,
@@ -67,7 +67,7 @@ pub fn slow_request(stats: &ResponseStats<'_>, stages: Option<StageTimes>) {
     );
 }
 
-/// A response was sent. Called once per response, whoever made it.
+/// A response was sent. Called once per response, whoever made it; of a stream, once per answer to a message.
 pub fn response_sent(metrics: &Metrics, stats: &ResponseStats<'_>) {
     let ResponseStats { route, code, duration, request_id, trace_id } = *stats;
     metrics.count_response(route, code, duration);

@@ -9,7 +9,10 @@ use tokio::time::Instant;
 
 use crate::server::error::ServerError;
 use crate::server::extract::{Clock, SMALL_BODY, Target, asked_model};
+use crate::server::layers::{self, Arrival, RequestId};
 use crate::server::state::AppState;
+use crate::telemetry::Route;
+use crate::telemetry::events::ResponseStats;
 
 /// What the head of a call says.
 #[derive(Debug, Clone)]
@@ -19,6 +22,8 @@ pub(super) struct Head {
     model: String,
     clock: Clock,
     has_deadline: bool,
+    route: Route,
+    request_id: String,
 }
 
 /// What a message is answered with.
@@ -41,7 +46,23 @@ impl Head {
         if let Some(timeout) = timeout {
             clock.deadline = clock.start.checked_add(timeout);
         }
-        Ok(Self { app: app.clone(), model, clock, has_deadline: timeout.is_some() })
+        let extensions = request.extensions();
+        Ok(Self {
+            app: app.clone(),
+            model,
+            clock,
+            has_deadline: timeout.is_some(),
+            route: extensions.get().map_or(Route::Other, |arrival: &Arrival| arrival.route),
+            request_id: extensions.get().map(|RequestId(id)| id.clone()).unwrap_or_default(),
+        })
+    }
+
+    /// Counts the answer to a message as that to a request; it took `duration` until there was one.
+    pub(super) fn count(&self, code: u16, duration: Duration) {
+        let Self { app, clock, route, request_id, .. } = self;
+        let trace_id = clock.trace.id();
+        let stats = ResponseStats { route: *route, code, duration, request_id, trace_id: trace_id.as_deref() };
+        layers::count(app, &stats, true, None);
     }
 
     /// For the one answer of a call.

@@ -1,18 +1,21 @@
 //! Calls that are streams both ways, from messages in to messages out.
 
+use std::time::Duration;
+
 use axum::extract::Request;
 use axum::response::Response;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::call::check_encoding;
 use super::context::{Context, Head};
 use super::incoming::Messages;
 use super::outgoing::{Answer, Sending, respond};
-use super::{failed, status_of};
+use super::{Streamed, counted_as, failed, status_of};
 use crate::server::error::ServerError;
 use crate::server::state::{AppState, WorkGuard};
 use crate::telemetry::InFlight;
@@ -31,22 +34,25 @@ impl<T> Drop for AbortOnDrop<T> {
 
 /// Counts a message as a request from its arrival until its answer has been sent: a drain waits for that.
 struct Underway {
+    start: Instant,
     _work: WorkGuard,
     _in_flight: InFlight,
 }
 
 impl Underway {
     fn new(app: &AppState) -> Self {
-        Self { _work: app.work.begin(), _in_flight: app.metrics.in_flight() }
+        Self { start: Instant::now(), _work: app.work.begin(), _in_flight: app.metrics.in_flight() }
     }
 }
 
 /// What a stream tells next.
 enum Turn<Res> {
-    /// The answer to a message.
-    Message(AbortOnDrop<Result<Answer<Res>, Status>>, Underway),
-    /// Why there is no other.
-    End(Status),
+    /// The answer to a message, and when there was one.
+    Message(AbortOnDrop<(Result<Answer<Res>, Status>, Instant)>, Underway),
+    /// Why a message is not answered, which ends the stream.
+    Refused(Status),
+    /// Why no more messages are read.
+    Stopped(Status),
 }
 
 /// Messages in, as many messages out, in their order; up to [`WINDOW`] of them are computed at once.
@@ -67,9 +73,11 @@ where
     let (started, turns) = mpsc::channel(WINDOW);
     let (out, answers) = mpsc::channel(1);
     // Both tasks end when the client leaves: its stream drops `answers`, and so on backwards.
-    tokio::spawn(read(head, Messages::of(&app, request, 0), started, answer));
-    tokio::spawn(deliver(turns, out));
-    respond(Sending::new(ReceiverStream::new(answers)))
+    tokio::spawn(read(head.clone(), Messages::of(&app, request, 0), started, answer));
+    tokio::spawn(deliver(head, turns, out));
+    let mut response = respond(Sending::new(ReceiverStream::new(answers)));
+    response.extensions_mut().insert(Streamed);
+    response
 }
 
 /// Begins the work of every message that comes, until there are no more or the service stops.
@@ -83,9 +91,9 @@ where
     loop {
         let received = tokio::select! {
             biased;
-            // Nobody is refused anything by it, so that it is not counted.
+            // Refuses nobody anything, so that it is not counted.
             () = head.app.readiness.draining() => {
-                started.send(Turn::End(status_of(&ServerError::DRAINING))).await.ok();
+                started.send(Turn::Stopped(status_of(&ServerError::DRAINING))).await.ok();
                 return;
             }
             received = messages.next() => received,
@@ -108,13 +116,16 @@ where
         let turn = match begun {
             Ok((answering, underway)) => {
                 let app = head.app.clone();
-                let work = async move { answering.await.map_err(|error| failed(&app, &error)) };
+                let work = async move {
+                    let answer = answering.await.map_err(|error| failed(&app, &error));
+                    (answer, Instant::now())
+                };
                 Turn::Message(AbortOnDrop(tokio::spawn(work)), underway)
             }
             // Told in its place, and the end.
-            Err(error) => Turn::End(failed(&head.app, &error)),
+            Err(error) => Turn::Refused(failed(&head.app, &error)),
         };
-        let ends = matches!(turn, Turn::End(_));
+        let ends = matches!(turn, Turn::Refused(_));
         if started.send(turn).await.is_err() || ends {
             return;
         }
@@ -124,16 +135,20 @@ where
 /// An answer, and what is held until it has been sent: its share of the memory, and its place among the requests.
 type Told<Res> = (Result<Res, Status>, (Option<OwnedSemaphorePermit>, Option<Underway>));
 
-/// Hands the answers over in the order of their messages, up to the first failure.
-async fn deliver<Res>(mut turns: mpsc::Receiver<Turn<Res>>, out: mpsc::Sender<Told<Res>>) {
+/// Counts the answers and hands them over in the order of their messages, up to the first failure.
+async fn deliver<Res>(head: Head, mut turns: mpsc::Receiver<Turn<Res>>, out: mpsc::Sender<Told<Res>>) {
     loop {
         let told = async {
             match turns.recv().await? {
                 Turn::Message(mut work, underway) => {
-                    let answer = (&mut work.0).await.unwrap_or_else(|_| Err(Status::internal("internal error")));
-                    Some((answer, Some(underway)))
+                    let internal = |_| (Err(Status::internal("internal error")), Instant::now());
+                    let (answer, end) = (&mut work.0).await.unwrap_or_else(internal);
+                    // It may have waited for its turn behind a client that takes its time.
+                    let took = end.duration_since(underway.start);
+                    Some((answer, Some(took), Some(underway)))
                 }
-                Turn::End(status) => Some((Err(status), None)),
+                Turn::Refused(status) => Some((Err(status), Some(Duration::ZERO), None)),
+                Turn::Stopped(status) => Some((Err(status), None, None)),
             }
         };
         let told = tokio::select! {
@@ -141,10 +156,13 @@ async fn deliver<Res>(mut turns: mpsc::Receiver<Turn<Res>>, out: mpsc::Sender<To
             // What is computed for a client that has left is given up at once.
             () = out.closed() => return,
         };
-        let told = match told {
-            Some((Ok(Answer { message, memory }), underway)) => (Ok(message), (memory, underway)),
-            Some((Err(status), underway)) => (Err(status), (None, underway)),
-            None => return,
+        let Some((answer, took, underway)) = told else { return };
+        if let Some(took) = took {
+            head.count(counted_as(answer.as_ref().err().map_or(Code::Ok, Status::code)), took);
+        }
+        let told = match answer {
+            Ok(Answer { message, memory }) => (Ok(message), (memory, underway)),
+            Err(status) => (Err(status), (None, underway)),
         };
         let ends = told.0.is_err();
         if out.send(told).await.is_err() || ends {
