@@ -294,7 +294,9 @@ async fn failures_are_statuses_and_are_counted() {
     let metrics = &serving.service.metrics;
     // Of the streams each message that was answered: two, and two of what ends a stream.
     assert_eq!(metrics.responses(Route::GrpcEmbed, 200), 3);
-    assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 6);
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 400), 4, "empty, or not to be read, in a call and in a stream");
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 2);
+    assert_eq!(metrics.responses(Route::GrpcEmbed, 405), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 424), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 404), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 413), 1);

@@ -17,7 +17,7 @@ use axum::response::Response;
 use axum::routing::post;
 use tonic::{Code, Status};
 
-use super::error::{ErrorClass, OK, ServerError};
+use super::error::{ErrorClass, ServerError};
 use super::layers;
 use super::state::AppState;
 use crate::telemetry::events;
@@ -84,45 +84,53 @@ pub(crate) struct Streamed;
 
 /// The status code by which the metrics count a response.
 pub(crate) fn counted_code(response: &Response) -> u16 {
-    Status::from_header_map(response.headers()).map_or(response.status().as_u16(), |status| counted_as(status.code()))
-}
-
-/// The status code by which the metrics count a code: that of HTTP which means the same.
-fn counted_as(code: Code) -> u16 {
-    let class = match code {
-        Code::Ok => return OK,
-        Code::InvalidArgument => ErrorClass::Validation,
-        Code::OutOfRange => ErrorClass::PayloadTooLarge,
-        Code::Unauthenticated => ErrorClass::Unauthorized,
-        Code::NotFound => ErrorClass::NotFound,
-        Code::Unimplemented => ErrorClass::MethodNotAllowed,
-        Code::DeadlineExceeded => ErrorClass::Deadline,
-        Code::FailedPrecondition => ErrorClass::Backend,
-        Code::ResourceExhausted => ErrorClass::Overloaded,
-        Code::Unavailable => ErrorClass::Unavailable,
-        _ => ErrorClass::Internal,
-    };
-    class.words().status.as_u16()
-}
-
-/// The status of an error, with the time to retry after where there is one.
-fn status_of(error: &ServerError) -> Status {
-    let mut status = Status::new(code_of(error.class()), error.to_string());
-    if let Some(retry_after) = error.retry_after() {
-        status.metadata_mut().insert("retry-after", retry_after.as_secs().max(1).into());
+    if let Some(&CountedAs(code)) = response.extensions().get() {
+        return code;
     }
-    status
+    match Status::from_header_map(response.headers()) {
+        // There is no such method, or none for such messages.
+        Some(status) if status.code() == Code::Unimplemented => ErrorClass::MethodNotAllowed.words().status.as_u16(),
+        _ => response.status().as_u16(),
+    }
+}
+
+/// On a response: the status code by which the metrics count it. A code of gRPC says less than an error is.
+#[derive(Debug, Clone, Copy)]
+struct CountedAs(u16);
+
+/// A failure as its client is told of it, and the status code by which the metrics count it: that which it has over HTTP.
+#[derive(Debug)]
+struct Failure {
+    status: Status,
+    code: u16,
+}
+
+impl Failure {
+    /// With the time to retry after where there is one.
+    fn of(error: &ServerError) -> Self {
+        let mut status = Status::new(code_of(error.class()), error.to_string());
+        if let Some(retry_after) = error.retry_after() {
+            status.metadata_mut().insert("retry-after", retry_after.as_secs().max(1).into());
+        }
+        Self { status, code: error.class().words().status.as_u16() }
+    }
+
+    fn into_response(self) -> Response {
+        let mut response = self.status.into_http();
+        response.extensions_mut().insert(CountedAs(self.code));
+        response
+    }
 }
 
 /// The answer of a request that no handler saw.
 pub(crate) fn refusal(error: &ServerError) -> Response {
-    status_of(error).into_http()
+    Failure::of(error).into_response()
 }
 
-/// The status of an error that a handler met; counts it as the layers count others.
-fn failed(app: &AppState, error: &ServerError) -> Status {
+/// The failure of an error that a handler met; counts it as the layers count others.
+fn failed(app: &AppState, error: &ServerError) -> Failure {
     if let Some(reason) = error.reject_reason() {
         events::rejected(&app.metrics, reason);
     }
-    status_of(error)
+    Failure::of(error)
 }

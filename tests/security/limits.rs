@@ -351,5 +351,8 @@ async fn half_a_message_of_grpc_is_given_up_and_a_quiet_stream_is_not() {
     let answer = http2::send(&mut client, "/tei.v1.Embed/EmbedStream", &headers, body).await.unwrap();
     let trailers = answer.into_body().frame().await.unwrap().unwrap().into_trailers().unwrap();
     assert_eq!(Status::from_header_map(&trailers).unwrap().code(), Code::DeadlineExceeded);
+    // The client was slow: twice, in a call and in a stream.
+    assert_eq!(service.metrics.responses(Route::GrpcEmbed, 408), 2);
+    assert_eq!(service.metrics.responses(Route::GrpcEmbed, 504), 0);
     drop(sender);
 }

@@ -40,7 +40,7 @@ async fn only<Req: Message + Default>(app: &AppState, request: Request) -> Resul
 fn one<Res: Message + Default + 'static>(app: &AppState, answer: Result<Answer<Res>, ServerError>) -> Response {
     match answer {
         Ok(Answer { message, memory }) => respond(Sending::new(tokio_stream::once((Ok(message), memory)))),
-        Err(error) => failed(app, &error).into_http(),
+        Err(error) => failed(app, &error).into_response(),
     }
 }
 
@@ -93,6 +93,6 @@ where
     }
     match only(&app, request).await {
         Ok((message, _)) => respond(ReceiverStream::new(answer(app, message))),
-        Err(error) => failed(&app, &error).into_http(),
+        Err(error) => failed(&app, &error).into_response(),
     }
 }

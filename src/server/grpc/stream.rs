@@ -9,14 +9,14 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use super::call::check_encoding;
 use super::context::{Context, Head};
 use super::incoming::Messages;
 use super::outgoing::{Answer, Sending, respond};
-use super::{Streamed, counted_as, failed, status_of};
-use crate::server::error::ServerError;
+use super::{Failure, Streamed, failed};
+use crate::server::error::{OK, ServerError};
 use crate::server::state::{AppState, WorkGuard};
 use crate::telemetry::InFlight;
 
@@ -48,11 +48,11 @@ impl Underway {
 /// What a stream tells next.
 enum Turn<Res> {
     /// The answer to a message, and when there was one.
-    Message(AbortOnDrop<(Result<Answer<Res>, Status>, Instant)>, Underway),
+    Message(AbortOnDrop<(Result<Answer<Res>, Failure>, Instant)>, Underway),
     /// Why a message is not answered, which ends the stream.
-    Refused(Status),
+    Refused(Failure),
     /// Why no more messages are read.
-    Stopped(Status),
+    Stopped(Failure),
 }
 
 /// Messages in, as many messages out, in their order; up to [`WINDOW`] of them are computed at once.
@@ -68,7 +68,7 @@ where
     }
     let head = match Head::of(&app, &request) {
         Ok(head) => head,
-        Err(error) => return failed(&app, &error).into_http(),
+        Err(error) => return failed(&app, &error).into_response(),
     };
     let (started, turns) = mpsc::channel(WINDOW);
     let (out, answers) = mpsc::channel(1);
@@ -93,7 +93,7 @@ where
             biased;
             // Refuses nobody anything, so that it is not counted.
             () = head.app.readiness.draining() => {
-                started.send(Turn::Stopped(status_of(&ServerError::DRAINING))).await.ok();
+                started.send(Turn::Stopped(Failure::of(&ServerError::DRAINING))).await.ok();
                 return;
             }
             received = messages.next() => received,
@@ -141,14 +141,14 @@ async fn deliver<Res>(head: Head, mut turns: mpsc::Receiver<Turn<Res>>, out: mps
         let told = async {
             match turns.recv().await? {
                 Turn::Message(mut work, underway) => {
-                    let internal = |_| (Err(Status::internal("internal error")), Instant::now());
+                    let internal = |_| (Err(Failure::of(&ServerError::Internal)), Instant::now());
                     let (answer, end) = (&mut work.0).await.unwrap_or_else(internal);
                     // It may have waited for its turn behind a client that takes its time.
                     let took = end.duration_since(underway.start);
                     Some((answer, Some(took), Some(underway)))
                 }
-                Turn::Refused(status) => Some((Err(status), Some(Duration::ZERO), None)),
-                Turn::Stopped(status) => Some((Err(status), None, None)),
+                Turn::Refused(failure) => Some((Err(failure), Some(Duration::ZERO), None)),
+                Turn::Stopped(failure) => Some((Err(failure), None, None)),
             }
         };
         let told = tokio::select! {
@@ -158,11 +158,11 @@ async fn deliver<Res>(head: Head, mut turns: mpsc::Receiver<Turn<Res>>, out: mps
         };
         let Some((answer, took, underway)) = told else { return };
         if let Some(took) = took {
-            head.count(counted_as(answer.as_ref().err().map_or(Code::Ok, Status::code)), took);
+            head.count(answer.as_ref().err().map_or(OK, |failure| failure.code), took);
         }
         let told = match answer {
             Ok(Answer { message, memory }) => (Ok(message), (memory, underway)),
-            Err(status) => (Err(status), (None, underway)),
+            Err(Failure { status, .. }) => (Err(status), (None, underway)),
         };
         let ends = told.0.is_err();
         if out.send(told).await.is_err() || ends {
