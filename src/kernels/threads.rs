@@ -175,6 +175,10 @@ impl Seat {
     }
 
     /// Hands every part of `parts` to `body(lane, index, part)` once.
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "by reference, parts could be handed out again while the first ones live"
+    )]
     pub fn for_each<'a, P: Parts<'a>>(&mut self, parts: P, body: impl Fn(usize, usize, P::Part) + Sync) {
         self.run(parts.n_parts(), &|lane, index| {
             // SAFETY: `run` hands out every index below `n_parts` once, and nobody else has `parts`, so no part is taken twice.
