@@ -92,11 +92,16 @@ fn accumulators_are_bit_equal_to_the_reference() {
                 let expected = reference::gemm_i32(&problem.codes, &problem.weights, k);
                 let packed = problem.packed();
                 let (rows, stride) = problem.rows();
-                let x = CodeRows { codes: &rows, stride, scales: &problem.scales };
+                let x = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
                 for set in sets() {
+                    let mut room = Vec::new();
+                    let prepared = set.widen(x, &PackedMatrix::Dense(packed.clone()), |n_codes| {
+                        room.resize(n_codes, u16::MAX);
+                        &mut room
+                    });
                     let mut out = vec![i32::MIN; m * PANEL];
-                    for panel in 0..packed.n_panels() {
-                        set.gemm_i32(&x, &packed, panel, &mut out);
+                    for (x, panel) in [x, prepared].iter().flat_map(|x| (0..packed.n_panels()).map(move |p| (x, p))) {
+                        set.gemm_i32(x, &packed, panel, &mut out);
                         for row in 0..m {
                             for column in 0..PANEL {
                                 let n_column = panel * PANEL + column;
@@ -122,7 +127,7 @@ fn long_sums_do_not_overflow_or_saturate() {
         let scales = [RowScale { scale: 1.0, low: 0.0 }];
         for set in sets() {
             let mut out = vec![0i32; PANEL];
-            set.gemm_i32(&CodeRows { codes: &rows, stride: k, scales: &scales }, &packed, 0, &mut out);
+            set.gemm_i32(&CodeRows { codes: &rows, stride: k, scales: &scales, wide: &[] }, &packed, 0, &mut out);
             assert_eq!(out[0], 65_536 * 255 * i32::from(weight), "{}", set.name());
         }
     }
@@ -143,7 +148,7 @@ fn values_of_a_product_are_within_rounding() {
         let largest = expected.iter().fold(0.0f64, |max, value| max.max(value.abs()));
         let packed = problem.packed();
         let (rows, stride) = problem.rows();
-        let x = CodeRows { codes: &rows, stride, scales: &problem.scales };
+        let x = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
         for set in sets() {
             let mut values = vec![0.0f32; m * PANEL];
             let mut halves = vec![0u16; m * PANEL];
@@ -234,7 +239,7 @@ fn what_binary16_cannot_hold_is_held_to_its_largest_and_an_infinity_is_not_hidde
     let weights: Vec<i8> = (0..n * k).map(|i| if (i / k).is_multiple_of(2) { 127 } else { -127 }).collect();
     let packed = PackedLinear::new(&weights, &vec![1.0; n], &vec![0.0; n], k);
     let scales = [RowScale { scale: 1.0, low: 0.0 }];
-    let x = CodeRows { codes: &[255; 64], stride: 64, scales: &scales };
+    let x = CodeRows { codes: &[255; 64], stride: 64, scales: &scales, wide: &[] };
     for set in sets() {
         let mut halves = [0u16; PANEL];
         set.gemm_half(&x, &packed, 0, &mut halves);
@@ -712,7 +717,7 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
         for m in [1, 15, 16, 17, 31, 32, 33, 48, 50, 64, 79, 96] {
             let problem = Product::new(m as u64, m, n, k, false);
             let (packed, (rows, stride)) = (problem.packed(), problem.rows());
-            let whole = CodeRows { codes: &rows, stride, scales: &problem.scales };
+            let whole = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
             // The last row ends with its last code, so that no line may be read to its end.
             let short = CodeRows { codes: &rows[..(m - 1) * stride + k.next_multiple_of(4)], ..whole };
             for x in [whole, short] {
@@ -736,7 +741,7 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
             let packed = PackedGroups::new(parts, LayerShape { bias: &problem.bias, n_in });
             let packed = PackedMatrix::Groups(packed);
             let (rows, stride) = problem.rows();
-            let x = CodeRows { codes: &rows, stride, scales: &problem.scales };
+            let x = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
             for panel in 0..packed.n_panels() {
                 let [a, b] = [&amx, &avx512].map(|set| {
                     let (mut out, mut halves) = (vec![f32::NAN; m * PANEL], vec![0; m * PANEL]);
@@ -793,7 +798,7 @@ proptest! {
 #[should_panic(expected = "codes")]
 fn rows_whose_sizes_have_no_product_are_refused() {
     let packed = PackedLinear::new(&[1; 64 * 64], &[1.0; 64], &[0.0; 64], 64);
-    let x = CodeRows { codes: &[0; 192], stride: 1 << 63, scales: &[RowScale::default(); 3] };
+    let x = CodeRows { codes: &[0; 192], stride: 1 << 63, scales: &[RowScale::default(); 3], wide: &[] };
     sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 3 * PANEL]);
 }
 
@@ -801,6 +806,6 @@ fn rows_whose_sizes_have_no_product_are_refused() {
 #[should_panic(expected = "codes")]
 fn too_short_rows_are_refused() {
     let packed = PackedLinear::new(&[1; 64 * 64], &[1.0; 64], &[0.0; 64], 64);
-    let x = CodeRows { codes: &[0; 127], stride: 64, scales: &[RowScale::default(); 2] };
+    let x = CodeRows { codes: &[0; 127], stride: 64, scales: &[RowScale::default(); 2], wide: &[] };
     sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 2 * PANEL]);
 }

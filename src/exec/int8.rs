@@ -126,14 +126,19 @@ enum Int8Error {
 
 impl Codes {
     fn view(&self, rows: std::ops::Range<usize>) -> CodeRows<'_> {
-        CodeRows { codes: &self.codes[rows.start * self.stride..], stride: self.stride, scales: &self.scales[rows] }
+        CodeRows {
+            codes: &self.codes[rows.start * self.stride..],
+            stride: self.stride,
+            scales: &self.scales[rows],
+            wide: &[],
+        }
     }
 }
 
 /// Another player of the same encoder on the same threads, with a workspace of its own.
 impl Clone for Int8 {
     fn clone(&self) -> Self {
-        let lanes = self.lanes.another(&self.limits);
+        let lanes = self.lanes.another(&self.kernels, &self.limits);
         Self::with_lanes(self.kernels, Arc::clone(&self.cores), &self.limits, self.weight_bytes, lanes)
     }
 }
@@ -222,14 +227,16 @@ impl Int8 {
 
     /// `x Wᵀ + b` of a few rows, columns split over threads; a block of all rows.
     fn columns(&mut self, packed: &PackedMatrix, x: &Codes, n_rows: usize, then: Option<Nonlinearity>) -> Buffer<f32> {
-        let Self { kernels, cores, seat, workspace, .. } = self;
+        let Self { kernels, cores, seat, workspace, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
         let cut = column_cut(packed.n_panels(), seat.n_cores());
         let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
-        seat.for_each(parts, |_, index, out: &mut [f32]| {
+        seat.for_each(parts, |lane, index, out: &mut [f32]| {
+            let mut lane = lanes.of(lane);
+            let x = lane.middle.widen(kernels, packed, x.view(0..n_rows));
             for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
-                kernels.product_f32(&x.view(0..n_rows), packed, panel, out);
+                kernels.product_f32(&x, packed, panel, out);
                 if let Some(then) = then {
                     kernels.activate(then, out);
                 }
@@ -255,9 +262,11 @@ impl Int8 {
             let (x, packed) = (middle.as_ref().unwrap_or(x), linear.layer.last());
             let cut = column_cut(packed.n_panels(), seat.n_cores());
             let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
-            seat.for_each(parts, |_, index, out: &mut [u16]| {
+            seat.for_each(parts, |lane, index, out: &mut [u16]| {
+                let mut lane = lanes.of(lane);
+                let x = lane.middle.widen(kernels, packed, x.view(0..n_rows));
                 for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
-                    kernels.product_half(&x.view(0..n_rows), packed, panel, out);
+                    kernels.product_half(&x, packed, panel, out);
                 }
             });
         } else {

@@ -156,6 +156,8 @@ pub struct CodeRows<'a> {
     pub stride: usize,
     /// One per row.
     pub scales: &'a [RowScale],
+    /// The same codes as s16, where the kernels want them so ([`KernelSet::widen`](super::KernelSet::widen)); else empty.
+    pub wide: &'a [u16],
 }
 
 impl CodeRows<'_> {

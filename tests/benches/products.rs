@@ -100,7 +100,7 @@ fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
         }
     };
     for (codes, scales) in x.codes.chunks(BLOCK_ROWS * x.stride).zip(x.scales.chunks(BLOCK_ROWS)) {
-        let rows = CodeRows { codes, stride: x.stride, scales };
+        let rows = CodeRows { codes, stride: x.stride, scales, wide: &[] };
         let Some(second) = &form.second else {
             panels(&rows, &form.first, out);
             continue;
@@ -112,7 +112,7 @@ fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
         let (codes, scales) = (&mut between[..n_rows * stride], &mut steps[..n_rows]);
         let mut to = CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales, range: None };
         set.quantize(Block { data, n_rows, n: rank }, 0..n_rows, &mut to);
-        panels(&CodeRows { codes, stride, scales }, second, out);
+        panels(&CodeRows { codes, stride, scales, wide: &[] }, second, out);
     }
 }
 

@@ -7,18 +7,20 @@ use crate::kernels::layout::{CodeRows, PANEL, RowScale, code_stride};
 use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity};
 use crate::quant::PackedLayer;
 
-/// Room for a row block between two factors.
+/// Room for what a block of rows needs before its product: what is between two factors, and codes in the kernels' own form.
 #[derive(Debug, Default)]
 pub(super) struct Middle {
     block: Aligned,
     codes: Aligned,
     scales: Aligned,
+    wide: Aligned,
 }
 
 impl Middle {
-    /// Room for `n_rows` rows of rank `rank`.
-    pub(super) fn new(n_rows: usize, rank: usize) -> Self {
+    /// Room for `n_rows` rows of rank `rank`, and for inputs of products up to `widest`.
+    pub(super) fn new(kernels: &KernelSet, n_rows: usize, rank: usize, widest: usize) -> Self {
         Self {
+            wide: Aligned::with_bytes(if kernels.widens() { n_rows * code_stride(widest) * 2 } else { 0 }),
             block: Aligned::with_bytes(n_rows * rank.next_multiple_of(PANEL) * 4),
             codes: Aligned::with_bytes(n_rows * code_stride(rank)),
             scales: Aligned::with_bytes(if rank == 0 { 0 } else { n_rows * size_of::<RowScale>() }),
@@ -26,7 +28,17 @@ impl Middle {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.block.bytes() + self.codes.bytes() + self.scales.bytes()
+        self.block.bytes() + self.codes.bytes() + self.scales.bytes() + self.wide.bytes()
+    }
+
+    /// Codes in the form that products with `weights` are fastest from.
+    pub(super) fn widen<'a>(
+        &'a mut self,
+        kernels: &KernelSet,
+        weights: &PackedMatrix,
+        x: CodeRows<'a>,
+    ) -> CodeRows<'a> {
+        kernels.widen(x, weights, |n| self.wide.first(n))
     }
 
     /// The last product of `layer` and its input for the rows `x`, which are computed here if there is a first product.
@@ -37,7 +49,7 @@ impl Middle {
         x: CodeRows<'a>,
     ) -> (CodeRows<'a>, &'a PackedMatrix) {
         let (down, up) = match layer {
-            PackedLayer::Whole(whole) => return (x, whole),
+            PackedLayer::Whole(whole) => return (self.widen(kernels, whole, x), whole),
             PackedLayer::Factors { down, up } => (down, up),
         };
         let (n_rows, rank) = (x.scales.len(), down.n_out());
@@ -54,7 +66,8 @@ impl Middle {
             0..n_rows,
             &mut CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales, range: None },
         );
-        (CodeRows { codes, stride, scales }, up)
+        let x = CodeRows { codes, stride, scales, wide: &[] };
+        (kernels.widen(x, up, |n| self.wide.first(n)), up)
     }
 }
 

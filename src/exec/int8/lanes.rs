@@ -44,11 +44,11 @@ fn lock(lane: &Mutex<Lane>) -> MutexGuard<'_, Lane> {
 }
 
 impl Lane {
-    fn new(bytes: LaneBytes, limits: &WorkspaceLimits) -> Self {
+    fn new(kernels: &KernelSet, bytes: LaneBytes, limits: &WorkspaceLimits) -> Self {
         Self {
             block: Aligned::with_bytes(bytes.block),
             scratch: Aligned::with_bytes(bytes.scratch),
-            middle: Middle::new(BLOCK_ROWS, limits.rank),
+            middle: Middle::new(kernels, BLOCK_ROWS, limits.rank, limits.widest()),
             gather: if limits.rank == 0 {
                 Gather::default()
             } else {
@@ -66,13 +66,13 @@ impl Lanes {
     /// Lanes of a first worker, for the threads of `cores`.
     pub(super) fn new(kernels: &KernelSet, cores: &Cores, limits: &WorkspaceLimits) -> Self {
         let bytes = LaneBytes { block: BLOCK_ROWS * limits.widest() * 4, scratch: scratch_bytes(kernels, limits) };
-        let lane = || Mutex::new(Lane::new(bytes, limits));
+        let lane = || Mutex::new(Lane::new(kernels, bytes, limits));
         Self { own: lane(), helpers: (1..cores.n_cores()).map(|_| lane()).collect(), counts_helpers: true, bytes }
     }
 
     /// Lanes of another worker on the same threads.
-    pub(super) fn another(&self, limits: &WorkspaceLimits) -> Self {
-        let own = Mutex::new(Lane::new(self.bytes, limits));
+    pub(super) fn another(&self, kernels: &KernelSet, limits: &WorkspaceLimits) -> Self {
+        let own = Mutex::new(Lane::new(kernels, self.bytes, limits));
         Self { own, helpers: Arc::clone(&self.helpers), counts_helpers: false, bytes: self.bytes }
     }
 

@@ -67,7 +67,7 @@ unsafe impl Simd for Avx2 {
 /// With AVX2 alone, in the operations of [`Avx2Exact`](super::dot_x86::Avx2Exact): `vpmaddwd` on bytes widened to s16, which is
 /// exact, unlike the s16 sums of `vpmaddubsw`, which saturate.
 ///
-/// The codes of a few rows are widened once for all columns of the panel, so that the inner loop only broadcasts them; weights are
+/// Codes are widened once, for all panels where the caller has done so, so that the inner loop only broadcasts them; weights are
 /// widened by the load.
 pub(super) mod exact {
     use super::super::attend::integers::Exact;
@@ -75,7 +75,7 @@ pub(super) mod exact {
     use super::super::attend::table::{Forms, attention};
     use super::super::dot::Dot;
     use super::super::dot_x86::Avx2Exact;
-    use super::super::table::kernel_table;
+    use super::super::table::{Table, kernel_table};
     use super::*;
     use crate::kernels::AttentionForm;
 
@@ -112,9 +112,50 @@ pub(super) mod exact {
         }
     }
 
-    /// `gemm_u8i8_avx2`: 6x8 tiles, twelve of the sixteen registers; 2x16 for one or two rows.
+    /// All tiles of `n_rows` rows from `first` on, 6x8, which take twelve of the sixteen registers; 2x16 for one or two rows. `codes`
+    /// are the widened codes of the first row, the others `stride` bytes apart.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn rows<T: Sink>(gemm: &Gemm<T>, first: usize, n_rows: usize, codes: *const u8, stride: usize) {
+        for column in (0..64).step_by(if n_rows <= 2 { 16 } else { 8 }) {
+            for (row, n) in row_tiles(n_rows, 6) {
+                // SAFETY: passed on; rows and columns are in range.
+                unsafe {
+                    let codes = codes.add(row * stride);
+                    let row = first + row;
+                    match n {
+                        0 => {}
+                        1 => tile::<T, 1, 2>(gemm, row, column, codes, stride),
+                        // Tiles of one or two rows only come of as many rows in all.
+                        2 => tile::<T, 2, 2>(gemm, row, column, codes, stride),
+                        3 => tile::<T, 3, 1>(gemm, row, column, codes, stride),
+                        4 => tile::<T, 4, 1>(gemm, row, column, codes, stride),
+                        5 => tile::<T, 5, 1>(gemm, row, column, codes, stride),
+                        _ => tile::<T, 6, 1>(gemm, row, column, codes, stride),
+                    }
+                }
+            }
+        }
+    }
+
+    /// `gemm_u8i8_avx2`, of codes that were widened for all panels, or are here.
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+        let k = gemm.k_groups * 4;
+        // SAFETY: as many rows are there, wide or not (the façade's checks), and the room is made for that many.
+        unsafe {
+            if gemm.wide.is_null() {
+                return narrow(gemm);
+            }
+            for (first, n_rows) in row_tiles(gemm.n_rows, Avx2Exact::rows_at_once(k)) {
+                rows(gemm, first, n_rows, gemm.wide.add(first * gemm.stride).cast(), gemm.stride * 2);
+            }
+        }
+    }
+
+    /// A function of its own, so that others do not have its room on the stack.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(never)]
+    unsafe fn narrow<T: Sink>(gemm: &Gemm<T>) {
         let k = gemm.k_groups * 4;
         let mut room = Avx2Exact::room();
         for (first, n_rows) in row_tiles(gemm.n_rows, Avx2Exact::rows_at_once(k)) {
@@ -122,36 +163,43 @@ pub(super) mod exact {
             unsafe {
                 let codes = gemm.codes.add(first * gemm.stride);
                 let (codes, stride) = Avx2Exact::prepare(&mut room, codes, gemm.stride, n_rows, k);
-                // Tiles of one or two rows only come of as many rows in all.
-                for column in (0..64).step_by(if n_rows <= 2 { 16 } else { 8 }) {
-                    for (row, n) in row_tiles(n_rows, 6) {
-                        let codes = codes.add(row * stride);
-                        let row = first + row;
-                        match n {
-                            0 => {}
-                            1 => tile::<T, 1, 2>(gemm, row, column, codes, stride),
-                            2 => tile::<T, 2, 2>(gemm, row, column, codes, stride),
-                            3 => tile::<T, 3, 1>(gemm, row, column, codes, stride),
-                            4 => tile::<T, 4, 1>(gemm, row, column, codes, stride),
-                            5 => tile::<T, 5, 1>(gemm, row, column, codes, stride),
-                            _ => tile::<T, 6, 1>(gemm, row, column, codes, stride),
-                        }
-                    }
-                }
+                rows(gemm, first, n_rows, codes, stride);
             }
         }
     }
 
-    kernel_table! {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        "gemm_u8i8_avx2", gemm, Avx2,
-        Forms {
-            preferred: &[AttentionForm::F32],
-            tables: &[
-                attention!(#[target_feature(enable = "avx2,fma,f16c")] F32<Avx2>, 6, 2, 2),
-                attention!(#[target_feature(enable = "avx2,fma,f16c")] Words<Avx2, Exact>, 6, 2, 2),
-                attention!(#[target_feature(enable = "avx2,fma,f16c")] Bytes<Avx2, Exact>, 4, 2, 2),
-            ],
+    /// Writes `n` codes as s16.
+    #[target_feature(enable = "avx2")]
+    unsafe fn widen(codes: *const u8, n: usize, to: *mut u16) {
+        let whole = n / 16 * 16;
+        // SAFETY: `n` of both are there by contract.
+        unsafe {
+            for i in (0..whole).step_by(16) {
+                let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(codes.add(i).cast()));
+                _mm256_storeu_si256(to.add(i).cast(), wide);
+            }
+            for i in whole..n {
+                to.add(i).write(u16::from(*codes.add(i)));
+            }
+        }
+    }
+
+    pub(in crate::kernels::arch) static TABLE: Table = Table { widen: Some(widen), ..narrow_codes::TABLE };
+
+    mod narrow_codes {
+        use super::*;
+
+        kernel_table! {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            "gemm_u8i8_avx2", gemm, Avx2,
+            Forms {
+                preferred: &[AttentionForm::F32],
+                tables: &[
+                    attention!(#[target_feature(enable = "avx2,fma,f16c")] F32<Avx2>, 6, 2, 2),
+                    attention!(#[target_feature(enable = "avx2,fma,f16c")] Words<Avx2, Exact>, 6, 2, 2),
+                    attention!(#[target_feature(enable = "avx2,fma,f16c")] Bytes<Avx2, Exact>, 4, 2, 2),
+                ],
+            }
         }
     }
 }

@@ -9,6 +9,9 @@ pub(super) struct Gemm<T> {
     /// `[n_rows, stride]`.
     pub(super) codes: *const u8,
     pub(super) stride: usize,
+    /// The codes as s16, or null.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX2 alone multiplies s16"))]
+    pub(super) wide: *const u16,
     /// Whether rows may be read to the multiple of 64 codes that their last code lies below.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AMX alone reads on"))]
     pub(super) whole_lines: bool,

@@ -37,6 +37,7 @@ use self::products::{Forms, forms};
 use self::rows::{AddNorm, Quantize};
 use self::table::Table;
 use super::attention::{AttentionForm, Heads};
+use super::forms::PackedMatrix;
 use super::isa::{Isa, IsaName};
 use super::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale, rows_fit};
 use super::{Nonlinearity, Reduction};
@@ -196,6 +197,30 @@ impl KernelSet {
     pub fn attention(&self, heads: Heads, n_keys: usize) -> Attention {
         let chosen = self.attention_forms(heads).find(|&(_, max_keys)| n_keys <= max_keys);
         chosen.expect("every instruction set has attention in f32").0
+    }
+
+    /// Whether [`KernelSet::widen`] needs room.
+    #[must_use]
+    pub fn widens(&self) -> bool {
+        self.table.widen.is_some()
+    }
+
+    /// `x` with its codes in the form that products with `weights` are fastest from, for all panels; what is made for that is in
+    /// `room`. Results are the same without.
+    pub fn widen<'a>(
+        &self,
+        x: CodeRows<'a>,
+        weights: &PackedMatrix,
+        room: impl FnOnce(usize) -> &'a mut [u16],
+    ) -> CodeRows<'a> {
+        let (Some(widen), PackedMatrix::Dense(_)) = (self.table.widen, weights) else { return x };
+        let Some(others) = x.scales.len().checked_sub(1) else { return x };
+        // All of the last row that is there.
+        let n = others.saturating_mul(x.stride).saturating_add(x.stride).min(x.codes.len());
+        let wide = &mut room(n)[..n];
+        // SAFETY: `Isa` proves the instruction set; both hold `n` codes.
+        unsafe { widen(x.codes.as_ptr(), n, wide.as_mut_ptr()) }
+        CodeRows { wide, ..x }
     }
 
     fn gemm<T>(kernel: unsafe fn(&Gemm<T>), x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [T]) {

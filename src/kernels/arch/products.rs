@@ -285,10 +285,12 @@ pub(super) fn arguments<T>(
 ) -> Gemm<T> {
     let n_rows = x.scales.len();
     assert!(rows_fit(x.codes.len(), n_rows, x.stride, k), "{n_rows} rows of {k} codes");
+    assert!(x.wide.is_empty() || rows_fit(x.wide.len(), n_rows, x.stride, k), "{n_rows} rows of {k} wide codes");
     assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
     Gemm {
         codes: x.codes.as_ptr(),
         stride: x.stride,
+        wide: if x.wide.is_empty() { std::ptr::null() } else { x.wide.as_ptr() },
         whole_lines: x.has_whole_lines(),
         scales: x.scales.as_ptr(),
         n_rows,

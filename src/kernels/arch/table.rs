@@ -11,6 +11,8 @@ pub(super) struct Table {
     pub(super) name: &'static str,
     /// Rows of a block for products of few inputs, and of many.
     pub(super) block_rows: [usize; 2],
+    /// Codes to s16, where products want them so.
+    pub(super) widen: Option<unsafe fn(*const u8, usize, *mut u16)>,
     pub(super) gemm_i32: unsafe fn(&Gemm<i32>),
     pub(super) gemm_f32: unsafe fn(&Gemm<f32>),
     pub(super) gemm_half: unsafe fn(&Gemm<u16>),
@@ -86,6 +88,7 @@ macro_rules! kernel_table {
             Table {
                 name: $name,
                 block_rows: [48, 48],
+                widen: None,
                 gemm_i32: $gemm::<i32>,
                 gemm_f32: $gemm::<f32>,
                 gemm_half: $gemm::<u16>,
