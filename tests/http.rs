@@ -219,6 +219,11 @@ async fn tokenize_shows_tokens_and_decode_reads_them() {
     assert_eq!(decode(json!({"ids": [[4], [5]], "skip_special_tokens": false})).await, ["the", "tree"]);
     assert_eq!(decode(json!({"ids": [2, 4, 3], "skip_special_tokens": false})).await, ["[CLS] the [SEP]"]);
     assert_eq!(service.post("/decode", json!({"ids": [4, 1000]})).await.status, 422);
+    // As many ids as a text may have characters.
+    assert_eq!(decode(json!({"ids": vec![5; 4000]})).await[0].len(), 4000 * 5 - 1);
+    let more = service.post("/decode", json!({"ids": [[4], vec![5; 4001]]})).await;
+    let message = "Input validation error: `ids` must have at most 4000 ids. Given: 4001";
+    assert_eq!((more.status, more.json()["error"].clone()), (422, json!(message)));
     // Long ones go to the tokenizer's threads.
     let tree = "tree ".repeat(800);
     let long = service.post("/tokenize", json!({"inputs": [tree, tree, "a", tree]})).await.read::<Vec<Vec<Value>>>();

@@ -106,8 +106,8 @@ pub(crate) fn prompted<'a>(prompt: Option<&str>, text: &'a str) -> Cow<'a, str> 
     }
 }
 
-/// Characters that the tokenizer is given at once.
-fn max_chars(model: &Model) -> usize {
+/// Characters that the tokenizer is given at once, and ids that it makes a text of.
+pub(crate) fn max_chars(model: &Model) -> usize {
     model.max_input_tokens.saturating_mul(MAX_CHARS_PER_TOKEN)
 }
 

@@ -233,8 +233,8 @@ pub(super) async fn decode(context: Context, request: DecodeRequest) -> Result<A
         return Err(ServerError::Empty { field: "ids" });
     }
     let Context { target, clock, memory, .. } = context;
-    let ((text, memory), _) = tokenizing(&target, &clock, 4 * ids.len(), move |_, tokenizer, _| {
-        Ok((text_of(tokenizer, &ids, skip_special_tokens)?, memory))
+    let ((text, memory), _) = tokenizing(&target, &clock, 4 * ids.len(), move |target, tokenizer, _| {
+        Ok((text_of(&target.model, tokenizer, &ids, skip_special_tokens)?, memory))
     })
     .await?;
     Ok(Answer { message: DecodeResponse { text }, memory })

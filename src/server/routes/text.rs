@@ -5,7 +5,8 @@ use axum::response::{IntoResponse, Response};
 use crate::server::api::{DecodeRequest, SimpleToken, Texts, TokenizeRequest};
 use crate::server::error::ServerError;
 use crate::server::extract::{Call, SMALL_BODY, take_memory};
-use crate::server::inputs::{check_chars, checked_batch, prompt, prompted, tokenizing};
+use crate::server::inputs::{check_chars, checked_batch, max_chars, prompt, prompted, tokenizing};
+use crate::server::models::Model;
 use crate::server::routes::ops::json;
 use crate::server::tokens::TokensWriter;
 use crate::text::{Piece, TextError, Tokenizer};
@@ -64,8 +65,18 @@ pub(crate) fn tokens(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Re
     Ok(pieces.into_iter().map(token).collect())
 }
 
-/// The text of ids, all of which must be known.
-pub(crate) fn text_of(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> Result<String, ServerError> {
+/// The text of ids, all of which must be known, and no more than a text that is tokenized may have characters.
+pub(crate) fn text_of(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    ids: &[u32],
+    skip_special: bool,
+) -> Result<String, ServerError> {
+    let limit = max_chars(model);
+    if ids.len() > limit {
+        let reason = format!("must have at most {limit} ids. Given: {}", ids.len());
+        return Err(ServerError::Value { field: "ids", reason });
+    }
     match ids.iter().find(|&&id| !tokenizer.knows(id)) {
         Some(&id) => Err(ServerError::TokenId { id, vocab_size: tokenizer.vocab_size() }),
         None => Ok(tokenizer.decode(ids, skip_special)?),
@@ -83,10 +94,10 @@ pub(crate) async fn decode(call: Call<DecodeRequest>) -> Result<Response, Server
         return Err(ServerError::Empty { field: "ids" });
     }
     let n_bytes = lists.iter().map(|ids| 4 * ids.len()).sum();
-    let ((bytes, _memory), _) = tokenizing(&target, &clock, n_bytes, move |_, tokenizer, _| {
+    let ((bytes, _memory), _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, _| {
         let mut texts = Vec::with_capacity(lists.len());
         for ids in &lists {
-            texts.push(text_of(tokenizer, ids, skip_special_tokens)?);
+            texts.push(text_of(&target.model, tokenizer, ids, skip_special_tokens)?);
         }
         Ok((serde_json::to_vec(&texts).expect("a list of strings is always JSON"), memory))
     })
