@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::args::ServeArgs;
 use super::players;
 use crate::server::{AppState, Listeners, ServerConfig, TlsFiles, serve, termination};
-use crate::telemetry::{Metrics, TraceConfig, Tracer, subscriber};
+use crate::telemetry::{Metrics, TraceConfig, Tracer, process, subscriber};
 use load::Models;
 
 /// How long the last spans may take to reach their collector.
@@ -106,6 +106,13 @@ fn default_connections(n_files: usize, n_ports: usize) -> usize {
     (n_files / 4 * 3 / n_ports).clamp(1, ServerConfig::default().max_connections)
 }
 
+/// Bytes for large bodies and answers: no more than a quarter of what the container has, half of which the process takes when it is
+/// ready; but one body always.
+fn body_bytes(most: usize, container: Option<u64>, payload_limit: usize) -> usize {
+    let quarter = container.map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
+    most.min(quarter).max(payload_limit)
+}
+
 fn server_config(args: &ServeArgs) -> ServerConfig {
     let defaults = ServerConfig::default();
     let n_threads = NonZeroUsize::new(players::n_threads(&args.model));
@@ -119,7 +126,7 @@ fn server_config(args: &ServeArgs) -> ServerConfig {
         max_head_bytes: args.max_header_size,
         cors_allow_origin: args.cors_allow_origin.clone(),
         payload_limit: args.payload_limit,
-        max_body_bytes: defaults.max_body_bytes.max(args.payload_limit),
+        max_body_bytes: body_bytes(defaults.max_body_bytes, process::memory_limit(), args.payload_limit),
         max_client_batch_size: args.max_client_batch_size,
         auto_truncate: args.auto_truncate,
         default_timeout: timeout(args),
@@ -132,6 +139,20 @@ fn server_config(args: &ServeArgs) -> ServerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_bodies_leave_a_small_container_its_memory() {
+        for (container, payload_limit, expected) in [
+            (None, 2_000_000, 64_000_000),
+            (Some(4_000_000_000), 2_000_000, 64_000_000),
+            (Some(120_000_000), 2_000_000, 30_000_000),
+            (Some(120_000_000), 50_000_000, 50_000_000),
+            (None, 100_000_000, 100_000_000),
+            (Some(1), 2_000_000, 2_000_000),
+        ] {
+            assert_eq!(body_bytes(64_000_000, container, payload_limit), expected, "{container:?} {payload_limit}");
+        }
+    }
 
     #[test]
     fn all_ports_together_leave_a_quarter_of_the_files() {
