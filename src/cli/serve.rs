@@ -106,8 +106,8 @@ fn default_connections(n_files: usize, n_ports: usize) -> usize {
     (n_files / 4 * 3 / n_ports).clamp(1, ServerConfig::default().max_connections)
 }
 
-/// Bytes for large bodies and answers: no more than a quarter of what the container has, half of which the process takes when it is
-/// ready; but one body always.
+/// Bytes for large bodies and answers: no more than a quarter of what the container has, as the model, the queue and what the
+/// tokenizer makes of a text need the rest; but one body always.
 fn body_bytes(most: usize, container: Option<u64>, payload_limit: usize) -> usize {
     let quarter = container.map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
     most.min(quarter).max(payload_limit)
