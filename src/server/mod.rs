@@ -19,6 +19,7 @@ mod listen;
 mod models;
 mod numbers;
 pub mod openapi;
+mod pieces;
 mod router;
 mod routes;
 mod rows;

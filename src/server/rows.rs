@@ -4,23 +4,20 @@
 //! takes it: the text of an `/embed_all` answer is three times its numbers, and would keep the reactor for
 //! milliseconds.
 
-use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use hyper::body::Frame;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::api::{EncodingFormat, OutputDtype};
 use super::numbers::Numbers;
+use super::pieces;
 use crate::telemetry::{Metrics, Stage, Trace, events};
 
 /// Numbers written in one go: at some 40 ns each, a third of a millisecond.
@@ -169,61 +166,21 @@ impl RowsWriter {
             trace.stage(Stage::Serialize, Duration::ZERO, spent, &[("niwaki.bytes", out.len())]);
             Body::from(out)
         } else {
-            let metrics = Arc::clone(metrics);
-            Body::new(RowsBody {
-                writer: self,
-                metrics,
-                trace: trace.clone(),
-                _memory: memory,
-                spent: Duration::ZERO,
-                ended: false,
-                rest: false,
+            let (metrics, trace) = (Arc::clone(metrics), trace.clone());
+            let mut spent = Duration::ZERO;
+            pieces::body(memory, move || {
+                let start = Instant::now();
+                let mut out = Vec::with_capacity((MAX_FLOATS_AT_ONCE + 1024) * BYTES_PER_FLOAT);
+                let ended = self.write(&mut out, MAX_FLOATS_AT_ONCE);
+                spent += start.elapsed();
+                if ended {
+                    events::stage_passed(&metrics, Stage::Serialize, spent);
+                    trace.stage(Stage::Serialize, Duration::ZERO, spent, &[]);
+                }
+                (out, ended)
             })
         };
         ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
-    }
-}
-
-struct RowsBody {
-    writer: RowsWriter,
-    metrics: Arc<Metrics>,
-    trace: Trace,
-    _memory: Option<OwnedSemaphorePermit>,
-    spent: Duration,
-    ended: bool,
-    /// Whether to let other tasks run before the next piece: the connection would take one after the other.
-    rest: bool,
-}
-
-impl hyper::body::Body for RowsBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        if self.ended {
-            return Poll::Ready(None);
-        }
-        if std::mem::replace(&mut self.rest, true) {
-            self.rest = false;
-            context.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        let start = Instant::now();
-        let mut out = Vec::with_capacity((MAX_FLOATS_AT_ONCE + 1024) * BYTES_PER_FLOAT);
-        self.ended = self.writer.write(&mut out, MAX_FLOATS_AT_ONCE);
-        self.spent += start.elapsed();
-        if self.ended {
-            events::stage_passed(&self.metrics, Stage::Serialize, self.spent);
-            self.trace.stage(Stage::Serialize, Duration::ZERO, self.spent, &[]);
-        }
-        Poll::Ready(Some(Ok(Frame::data(out.into()))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.ended
     }
 }
 

@@ -4,17 +4,14 @@
 //! twelve bytes each, beside the texts that they are parts of.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use hyper::body::Frame;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::api::SimpleToken;
+use super::pieces;
 use crate::text::Piece;
 
 /// Tokens written in one go: at some 100 ns each, a fifth of a millisecond.
@@ -123,7 +120,11 @@ impl TokensWriter {
             self.write(&mut out, usize::MAX);
             Body::from(out)
         } else {
-            Body::new(TokensBody { writer: self, _memory: memory, ended: false, rest: false })
+            pieces::body(memory, move || {
+                let mut out = Vec::with_capacity((MAX_TOKENS_AT_ONCE + 1) * BYTES_PER_TOKEN);
+                let ended = self.write(&mut out, MAX_TOKENS_AT_ONCE);
+                (out, ended)
+            })
         };
         ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
     }
@@ -140,40 +141,6 @@ fn object(token: &Token, text: &str, specials: &BTreeMap<u32, String>) -> Simple
     let bytes = text.as_bytes().get(start..stop).unwrap_or_default();
     let text = String::from_utf8_lossy(bytes).into_owned();
     SimpleToken { id, text, special: false, start: Some(start), stop: Some(stop) }
-}
-
-struct TokensBody {
-    writer: TokensWriter,
-    _memory: Option<OwnedSemaphorePermit>,
-    ended: bool,
-    /// Whether to let other tasks run before the next piece: the connection would take one after the other.
-    rest: bool,
-}
-
-impl hyper::body::Body for TokensBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        if self.ended {
-            return Poll::Ready(None);
-        }
-        if std::mem::replace(&mut self.rest, true) {
-            self.rest = false;
-            context.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        let mut out = Vec::with_capacity((MAX_TOKENS_AT_ONCE + 1) * BYTES_PER_TOKEN);
-        self.ended = self.writer.write(&mut out, MAX_TOKENS_AT_ONCE);
-        Poll::Ready(Some(Ok(Frame::data(out.into()))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.ended
-    }
 }
 
 #[cfg(test)]
