@@ -1,7 +1,7 @@
 //! Activation functions, written once over [`Simd`] and instantiated per instruction set.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
-use super::simd::{Simd, exp2, load_some, store_some};
+use super::simd::{Simd, exp2};
 use crate::kernels::Nonlinearity;
 use crate::kernels::layout::{PANEL, RowRange};
 
@@ -248,8 +248,8 @@ unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
             i += S::LANES;
         }
         if whole < n {
-            let x = load_some::<S>(values.add(whole), n - whole, 0.0);
-            store_some::<S>(values.add(whole), n - whole, apply::<S>(kind, x));
+            let x = S::load_some(values.add(whole), n - whole, 0.0);
+            S::store_some(values.add(whole), n - whole, apply::<S>(kind, x));
         }
     }
 }
@@ -264,24 +264,32 @@ unsafe fn activate_rows_as<S: Simd>(
 ) {
     // SAFETY: `values` is `[n_rows, PANEL]` with `n ≤ PANEL`, and there are `n_rows` ranges, by contract.
     unsafe {
-        let whole = n / S::LANES * S::LANES;
+        let fours = n / (4 * S::LANES) * (4 * S::LANES);
         for row in 0..n_rows {
             let (values, range) = (values.add(row * PANEL), ranges.add(row));
             let (lowest, highest) = ((*range).low.as_mut_ptr(), (*range).high.as_mut_ptr());
             let (mut low, mut high) = (S::load(lowest), S::load(highest));
             let mut i = 0;
-            while i < whole {
-                let y = apply::<S>(kind, S::load(values.add(i)));
-                S::store(values.add(i), y);
-                low = S::min(low, y);
-                high = S::max(high, y);
-                i += S::LANES;
+            while i < fours {
+                let mut y = [S::splat(0.0); 4];
+                for j in 0..4 {
+                    y[j] = apply::<S>(kind, S::load(values.add(i + j * S::LANES)));
+                }
+                for j in 0..4 {
+                    S::store(values.add(i + j * S::LANES), y[j]);
+                }
+                // In pairs, so that a row waits for two of its extremes instead of four.
+                low = S::min(low, S::min(S::min(y[0], y[1]), S::min(y[2], y[3])));
+                high = S::max(high, S::max(S::max(y[0], y[1]), S::max(y[2], y[3])));
+                i += 4 * S::LANES;
             }
-            if i < n {
-                let x = load_some::<S>(values.add(i), n - i, 0.0);
-                store_some::<S>(values.add(i), n - i, apply::<S>(kind, x));
-                low = S::min(low, load_some::<S>(values.add(i), n - i, f32::INFINITY));
-                high = S::max(high, load_some::<S>(values.add(i), n - i, f32::NEG_INFINITY));
+            while i < n {
+                let rest = S::LANES.min(n - i);
+                let y = apply::<S>(kind, S::load_some(values.add(i), rest, 0.0));
+                S::store_some(values.add(i), rest, y);
+                low = S::min(low, S::load_some(values.add(i), rest, f32::INFINITY));
+                high = S::max(high, S::load_some(values.add(i), rest, f32::NEG_INFINITY));
+                i += rest;
             }
             S::store(lowest, low);
             S::store(highest, high);

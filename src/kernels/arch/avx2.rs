@@ -11,6 +11,32 @@ use super::table::one;
 #[derive(Clone, Copy)]
 pub(super) struct Avx2;
 
+/// One number of each of four vectors of four: what `$combine` makes of lanes 0 and 2, and 1 and 3, and of these two.
+macro_rules! reduce_fours {
+    ($four:expr, $combine:ident) => {{
+        let four: [__m128; 4] = $four;
+        let first = $combine(_mm_movelh_ps(four[0], four[1]), _mm_movehl_ps(four[1], four[0]));
+        let last = $combine(_mm_movelh_ps(four[2], four[3]), _mm_movehl_ps(four[3], four[2]));
+        let (even, odd) = (_mm_shuffle_ps::<0x88>(first, last), _mm_shuffle_ps::<0xdd>(first, last));
+        let mut numbers = [0.0f32; 4];
+        _mm_storeu_ps(numbers.as_mut_ptr(), $combine(even, odd));
+        numbers
+    }};
+}
+pub(super) use reduce_fours;
+
+/// The halves of each of four vectors, combined.
+macro_rules! halves {
+    ($x:expr, $combine:ident) => {{
+        let mut four = [_mm_setzero_ps(); 4];
+        for r in 0..4 {
+            four[r] = $combine(_mm256_castps256_ps128($x[r]), _mm256_extractf128_ps::<1>($x[r]));
+        }
+        four
+    }};
+}
+pub(super) use halves;
+
 // SAFETY: each function is a few instructions of AVX2, FMA and F16C, which the contract demands.
 unsafe impl Simd for Avx2 {
     const LANES: usize = 8;
@@ -61,6 +87,9 @@ unsafe impl Simd for Avx2 {
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         };
+        fn sums(x: [__m256; 4]) -> [f32; 4] = reduce_fours!(halves!(x, _mm_add_ps), _mm_add_ps);
+        fn lowests(x: [__m256; 4]) -> [f32; 4] = reduce_fours!(halves!(x, _mm_min_ps), _mm_min_ps);
+        fn highests(x: [__m256; 4]) -> [f32; 4] = reduce_fours!(halves!(x, _mm_max_ps), _mm_max_ps);
     }
 }
 
@@ -191,7 +220,7 @@ pub(super) mod exact {
 
         kernel_table! {
             #[target_feature(enable = "avx2,fma,f16c")]
-            "gemm_u8i8_avx2", gemm, Avx2,
+            "gemm_u8i8_avx2", gemm, Avx2, 48,
             Forms {
                 preferred: &[AttentionForm::F32],
                 tables: &[
@@ -264,7 +293,7 @@ pub(super) mod vnni {
 
     kernel_table! {
         #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-        "gemm_u8i8_avx_vnni", gemm, Avx2,
+        "gemm_u8i8_avx_vnni", gemm, Avx2, 48,
         Forms {
             // `cargo bench --bench attention` on a Xeon (Emerald Rapids), time of bytes and of words against f32: 0.8 and 1.0 at 128 keys,
             // 0.5 and 0.6 at 512, in a window of 128 on either side 0.6 and 0.9.

@@ -8,12 +8,14 @@ use super::attend::integers::Vnni;
 use super::attend::products::{Bytes, F32, Words};
 use super::attend::table::{AttentionTable, Forms, attention};
 use super::attend::vnni::Avx512Tiles;
+use super::avx2::{halves, reduce_fours};
 use super::codebook::Codebook;
 use super::gemm::{Gemm, Sink, row_starts, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
 use crate::kernels::AttentionForm;
 use crate::kernels::forms::PAIR;
+use crate::kernels::layout::PANEL;
 
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
@@ -36,6 +38,23 @@ pub(super) unsafe fn bytes_of_words(x: [__m512i; 2]) -> __m512i {
     }
 }
 
+/// The first `n ≤ 16` lanes.
+#[inline(always)]
+fn first_lanes(n: usize) -> u16 {
+    u16::MAX.unbounded_shr(16 - n as u32)
+}
+
+/// The halves of each of four vectors, combined.
+macro_rules! wide_halves {
+    ($x:expr, $combine:ident) => {{
+        let mut halves = [_mm256_setzero_ps(); 4];
+        for r in 0..4 {
+            halves[r] = $combine(_mm512_castps512_ps256($x[r]), _mm512_extractf32x8_ps::<1>($x[r]));
+        }
+        halves
+    }};
+}
+
 // SAFETY: each function is one or a few instructions of AVX-512 F, BW, DQ and VL, which the contract demands.
 unsafe impl Simd for Avx512 {
     const LANES: usize = 16;
@@ -55,6 +74,11 @@ unsafe impl Simd for Avx512 {
         fn store_four_u8(to: *mut u8, x: [__m512i; 4]) =
             _mm512_storeu_si512(to.cast(), bytes_of_words(words_of_dwords(x)));
         fn store_int(to: *mut i32, x: __m512i) = _mm512_storeu_si512(to.cast(), x);
+        fn load_some(from: *const f32, n: usize, fill: f32) -> __m512 =
+            _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), from);
+        fn store_some(to: *mut f32, n: usize, x: __m512) = _mm512_mask_storeu_ps(to, first_lanes(n), x);
+        fn store_some_u8(to: *mut u8, n: usize, x: __m512i) =
+            _mm_mask_storeu_epi8(to.cast(), first_lanes(n), _mm512_cvtepi32_epi8(x));
         fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
         fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
         fn mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
@@ -77,6 +101,12 @@ unsafe impl Simd for Avx512 {
         fn sum(x: __m512) -> f32 = _mm512_reduce_add_ps(x);
         fn lowest(x: __m512) -> f32 = _mm512_reduce_min_ps(x);
         fn highest(x: __m512) -> f32 = _mm512_reduce_max_ps(x);
+        fn sums(x: [__m512; 4]) -> [f32; 4] =
+            reduce_fours!(halves!(wide_halves!(x, _mm256_add_ps), _mm_add_ps), _mm_add_ps);
+        fn lowests(x: [__m512; 4]) -> [f32; 4] =
+            reduce_fours!(halves!(wide_halves!(x, _mm256_min_ps), _mm_min_ps), _mm_min_ps);
+        fn highests(x: [__m512; 4]) -> [f32; 4] =
+            reduce_fours!(halves!(wide_halves!(x, _mm256_max_ps), _mm_max_ps), _mm_max_ps);
     }
 }
 
@@ -90,6 +120,11 @@ unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, r
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); 4]; R];
         let codes = row_starts::<R>(gemm.codes.add(row * gemm.stride), gemm.stride);
+        // What the results will be written over is fetched while they are computed.
+        let out: *const i8 = gemm.out.add(row * PANEL).cast();
+        for line in 0..R * PANEL * size_of::<T>() / 64 {
+            _mm_prefetch::<_MM_HINT_T0>(out.add(line * 64));
+        }
         for group in 0..gemm.k_groups {
             let weights = gemm.weights.add(group * 256);
             let weight: [__m512i; 4] = std::array::from_fn(|j| _mm512_load_si512(weights.add(j * 64).cast()));
@@ -104,11 +139,22 @@ unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, r
                 _mm_prefetch::<_MM_HINT_T0>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
             }
         }
-        for j in 0..4 {
-            let columns = T::columns::<Avx512>(gemm, j * 16);
-            for r in 0..R {
-                T::put::<Avx512>(gemm, row + r, j * 16, columns, sums[r][j]);
-            }
+        // Written out: a loop over vectors would keep the accumulators in memory.
+        put::<T, R, 0>(gemm, row, &sums);
+        put::<T, R, 1>(gemm, row, &sums);
+        put::<T, R, 2>(gemm, row, &sums);
+        put::<T, R, 3>(gemm, row, &sums);
+    }
+}
+
+/// What becomes of the accumulators of vector `V` of each row.
+#[inline(always)]
+unsafe fn put<T: Sink, const R: usize, const V: usize>(gemm: &Gemm<T>, row: usize, sums: &[[__m512i; 4]; R]) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = T::columns::<Avx512>(gemm, V * 16);
+        for r in 0..R {
+            T::put::<Avx512>(gemm, row + r, V * 16, columns, sums[r][V]);
         }
     }
 }
@@ -120,6 +166,7 @@ unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
         // SAFETY: passed on; the rows are below `n_rows`.
         unsafe {
             match n_rows {
+                6 if line >= 4 => tile::<T, 6, 0>(gemm, row, line),
                 0 => {}
                 1 => tile::<T, 1, PREFETCH>(gemm, row, line),
                 2 => tile::<T, 2, PREFETCH>(gemm, row, line),
@@ -132,8 +179,7 @@ unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
     }
 }
 
-/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. With few rows the product is bound by reading weights, so the next panel is
-/// fetched meanwhile, its cache lines spread over the row tiles.
+/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, its cache lines spread over the first row tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
     // SAFETY: passed on unchanged.
@@ -142,8 +188,7 @@ pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
             _ if gemm.next.is_null() => tiles::<T, 0>(gemm),
             0 | 1 => tiles::<T, 4>(gemm),
             2 | 3 => tiles::<T, 2>(gemm),
-            4..=6 => tiles::<T, 1>(gemm),
-            _ => tiles::<T, 0>(gemm),
+            _ => tiles::<T, 1>(gemm),
         }
     }
 }
@@ -193,7 +238,7 @@ pub(super) unsafe fn decode<T>(args: &Codebook<T>, to: *mut i8) {
 
 kernel_table! {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-    "gemm_u8i8_avx512_vnni", gemm, Avx512,
+    "gemm_u8i8_avx512_vnni", gemm, Avx512, 64,
     Forms {
         // `cargo bench --bench attention` on Zen 4: bytes take 0.4 to 0.6 of the time of f32, words 0.7 to 0.9.
         preferred: &[AttentionForm::Int8, AttentionForm::Int16],

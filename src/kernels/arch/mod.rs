@@ -11,6 +11,7 @@ pub(super) mod detect;
 mod dot;
 mod gemm;
 mod groups;
+mod norm;
 pub(super) mod peak;
 mod products;
 mod rows;
@@ -33,8 +34,9 @@ use std::ops::Range;
 
 pub use self::attend::Attention;
 use self::gemm::Gemm;
+use self::norm::AddNorm;
 use self::products::{Forms, forms};
-use self::rows::{AddNorm, Quantize};
+use self::rows::Quantize;
 use self::table::Table;
 use super::attention::{AttentionForm, Heads};
 use super::forms::PackedMatrix;
@@ -229,9 +231,7 @@ impl KernelSet {
             return;
         }
         let args = products::arguments(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out);
-        // Prefetching pays only where weights are read more slowly than they are used.
-        let next =
-            if n_rows <= 36 && panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
+        let next = if panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
         let args = Gemm { k_groups, next, ..args };
         // SAFETY: `Isa` proves the instruction set; rows, panel and results are inside their slices, checked above.
         unsafe { kernel(&args) }

@@ -141,7 +141,7 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
 
 kernel_table! {
     #[target_feature(enable = "neon,dotprod")]
-    "gemm_u8i8_neon_dotprod", gemm, Neon,
+    "gemm_u8i8_neon_dotprod", gemm, Neon, 48,
     Forms {
         preferred: &[AttentionForm::F32],
         tables: &[

@@ -96,7 +96,7 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
 
 kernel_table! {
     #[inline(never)]
-    "gemm_u8i8_portable", gemm, Portable,
+    "gemm_u8i8_portable", gemm, Portable, 48,
     Forms {
         preferred: &[AttentionForm::F32],
         tables: &[

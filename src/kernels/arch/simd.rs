@@ -69,6 +69,61 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn sum(x: Self::F) -> f32;
     unsafe fn lowest(x: Self::F) -> f32;
     unsafe fn highest(x: Self::F) -> f32;
+    /// [`Simd::sum`] of each of four vectors, added up in the same order.
+    #[inline(always)]
+    unsafe fn sums(x: [Self::F; 4]) -> [f32; 4] {
+        // SAFETY: passed on.
+        unsafe { [Self::sum(x[0]), Self::sum(x[1]), Self::sum(x[2]), Self::sum(x[3])] }
+    }
+    /// [`Simd::lowest`] of each.
+    #[inline(always)]
+    unsafe fn lowests(x: [Self::F; 4]) -> [f32; 4] {
+        // SAFETY: passed on.
+        unsafe { [Self::lowest(x[0]), Self::lowest(x[1]), Self::lowest(x[2]), Self::lowest(x[3])] }
+    }
+    /// [`Simd::highest`] of each.
+    #[inline(always)]
+    unsafe fn highests(x: [Self::F; 4]) -> [f32; 4] {
+        // SAFETY: passed on.
+        unsafe { [Self::highest(x[0]), Self::highest(x[1]), Self::highest(x[2]), Self::highest(x[3])] }
+    }
+
+    /// Reads `n ≤ LANES` floats, the other lanes are `fill`.
+    #[inline(always)]
+    unsafe fn load_some(from: *const f32, n: usize, fill: f32) -> Self::F {
+        // SAFETY: `from` is valid for `n` by contract, and `n` is at most 16.
+        unsafe {
+            if n == Self::LANES {
+                return Self::load(from);
+            }
+            let mut lanes = [fill; 16];
+            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
+            Self::load(lanes.as_ptr())
+        }
+    }
+    /// Writes the first `n ≤ LANES` lanes.
+    #[inline(always)]
+    unsafe fn store_some(to: *mut f32, n: usize, x: Self::F) {
+        // SAFETY: `to` is valid for `n` by contract, and `n` is at most 16.
+        unsafe {
+            if n == Self::LANES {
+                return Self::store(to, x);
+            }
+            let mut lanes = [0.0f32; 16];
+            Self::store(lanes.as_mut_ptr(), x);
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+        }
+    }
+    /// Writes the first `n < LANES` lanes as bytes; lanes must be in 0..=255.
+    #[inline(always)]
+    unsafe fn store_some_u8(to: *mut u8, n: usize, x: Self::I) {
+        let mut lanes = [0u8; 16];
+        // SAFETY: `to` is valid for `n` by contract, and `n` is below 16.
+        unsafe {
+            Self::store_u8(lanes.as_mut_ptr(), x);
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+        }
+    }
 
     /// Whether [`Simd::pick`] is one instruction.
     const PICKS: bool = false;
@@ -82,48 +137,6 @@ pub(super) unsafe trait Simd: Copy {
             picked.iter_mut().for_each(|lane| *lane = table[(lane.to_bits() & 31) as usize]);
             Self::load(picked.as_ptr())
         }
-    }
-}
-
-/// Reads `n < LANES` floats, the other lanes are `fill`.
-///
-/// # Safety
-/// As for [`Simd`].
-#[inline(always)]
-pub(super) unsafe fn load_some<S: Simd>(from: *const f32, n: usize, fill: f32) -> S::F {
-    let mut lanes = [fill; 16];
-    // SAFETY: `from` is valid for `n` by contract, and `n` is below 16.
-    unsafe {
-        std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
-        S::load(lanes.as_ptr())
-    }
-}
-
-/// Writes the first `n < LANES` lanes.
-///
-/// # Safety
-/// As for [`Simd`].
-#[inline(always)]
-pub(super) unsafe fn store_some<S: Simd>(to: *mut f32, n: usize, x: S::F) {
-    let mut lanes = [0.0f32; 16];
-    // SAFETY: `to` is valid for `n` by contract, and `n` is below 16.
-    unsafe {
-        S::store(lanes.as_mut_ptr(), x);
-        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
-    }
-}
-
-/// Writes the first `n < LANES` lanes as bytes.
-///
-/// # Safety
-/// As for [`Simd::store_u8`].
-#[inline(always)]
-pub(super) unsafe fn store_some_u8<S: Simd>(to: *mut u8, n: usize, x: S::I) {
-    let mut lanes = [0u8; 16];
-    // SAFETY: `to` is valid for `n` by contract, and `n` is below 16.
-    unsafe {
-        S::store_u8(lanes.as_mut_ptr(), x);
-        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
     }
 }
 
@@ -180,5 +193,62 @@ unsafe fn exp2_by<S: Simd, const N: usize>(x: S::F, coefficients: [f32; N]) -> S
             p = S::fma(p, f, S::splat(coefficient));
         }
         S::scale_by_power(p, n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Simd;
+    use crate::kernels::arch::portable::Portable;
+
+    /// # Safety
+    /// The instruction set must be there.
+    unsafe fn check<S: Simd>() {
+        let number = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.37;
+        let from: Vec<f32> = (0..4 * 16).map(number).collect();
+        // SAFETY: each vector has 16 floats, and at most 16 lanes.
+        unsafe {
+            let x: [S::F; 4] = std::array::from_fn(|v| S::load(from.as_ptr().add(v * 16)));
+            assert_eq!(S::sums(x).map(f32::to_bits), x.map(|x| S::sum(x).to_bits()));
+            assert_eq!(S::lowests(x), x.map(|x| S::lowest(x)));
+            assert_eq!(S::highests(x), x.map(|x| S::highest(x)));
+            for n in 1..=S::LANES {
+                let mut lanes = [7.0f32; 16];
+                S::store(lanes.as_mut_ptr(), S::load_some(from.as_ptr(), n, -1.5));
+                let expected: Vec<f32> = (0..S::LANES).map(|i| if i < n { number(i) } else { -1.5 }).collect();
+                assert_eq!(lanes[..S::LANES], expected);
+
+                let mut some = [7.0f32; 16];
+                S::store_some(some.as_mut_ptr(), n, x[0]);
+                assert!(some.iter().enumerate().all(|(i, &lane)| lane == if i < n { number(i) } else { 7.0 }));
+            }
+            for n in 1..S::LANES {
+                let mut bytes = [9u8; 16];
+                S::store_some_u8(bytes.as_mut_ptr(), n, S::round(S::splat(201.0)));
+                assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == if i < n { 201 } else { 9 }));
+            }
+        }
+    }
+
+    #[test]
+    fn four_vectors_are_reduced_as_each_alone_and_no_lane_is_touched_that_is_not_asked_for() {
+        // SAFETY: plain Rust, and instruction sets that are there.
+        unsafe {
+            check::<Portable>();
+            #[cfg(target_arch = "x86_64")]
+            {
+                if is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+                {
+                    check::<crate::kernels::arch::avx2::Avx2>();
+                }
+                if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bw") {
+                    check::<crate::kernels::arch::avx512::Avx512>();
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            check::<crate::kernels::arch::neon::Neon>();
+        }
     }
 }

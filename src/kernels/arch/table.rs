@@ -2,7 +2,8 @@
 
 use super::attend::table::Forms;
 use super::gemm::Gemm;
-use super::rows::{AddNorm, Quantize};
+use super::norm::AddNorm;
+use super::rows::Quantize;
 use crate::kernels::layout::RowRange;
 use crate::kernels::{Nonlinearity, Reduction};
 
@@ -38,13 +39,14 @@ macro_rules! one {
 }
 pub(super) use one;
 
-/// `static TABLE` with the bodies of `rows.rs` and `activations.rs` instantiated under the given target features: name, matrix product,
-/// vectors, forms of attention.
+/// `static TABLE` with the bodies of `rows.rs`, `norm.rs` and `activations.rs` instantiated under the given target features: name, matrix product,
+/// vectors, rows of a block, forms of attention.
 macro_rules! kernel_table {
-    (#[$features:meta] $name:literal, $gemm:ident, $simd:ident, $attention:expr) => {
+    (#[$features:meta] $name:literal, $gemm:ident, $simd:ident, $block_rows:literal, $attention:expr) => {
         pub(in crate::kernels::arch) static TABLE: $crate::kernels::arch::table::Table = {
             use $crate::kernels::arch::activations;
-            use $crate::kernels::arch::rows::{self, AddNorm, Quantize};
+            use $crate::kernels::arch::norm::{self, AddNorm};
+            use $crate::kernels::arch::rows::{self, Quantize};
             use $crate::kernels::arch::table::Table;
             use $crate::kernels::layout::RowRange;
             use $crate::kernels::{Nonlinearity, Reduction};
@@ -73,7 +75,7 @@ macro_rules! kernel_table {
             #[$features]
             unsafe fn add_norm(args: &AddNorm) {
                 // SAFETY: passed on unchanged.
-                unsafe { rows::add_norm::<$simd>(args) }
+                unsafe { norm::add_norm::<$simd>(args) }
             }
             #[$features]
             unsafe fn add_codes(row: *mut f32, codes: *const i8, scale: f32, n: usize) {
@@ -87,7 +89,7 @@ macro_rules! kernel_table {
             }
             Table {
                 name: $name,
-                block_rows: [48, 48],
+                block_rows: [$block_rows, $block_rows],
                 widen: None,
                 gemm_i32: $gemm::<i32>,
                 gemm_f32: $gemm::<f32>,
