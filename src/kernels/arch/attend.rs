@@ -23,6 +23,8 @@ pub(super) mod table;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod vnni;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod wide;
 
 use std::ops::Range;
 

@@ -8,6 +8,7 @@ use super::attend::integers::Vnni;
 use super::attend::products::{Bytes, F32, Words};
 use super::attend::table::{AttentionTable, Forms, attention};
 use super::attend::vnni::Avx512Tiles;
+use super::attend::wide;
 use super::avx2::{halves, reduce_fours};
 use super::codebook::Codebook;
 use super::gemm::{Gemm, Sink, row_starts, row_tiles};
@@ -247,6 +248,7 @@ kernel_table! {
             attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Words<Avx512, Vnni>, 8, 2, 1),
             AttentionTable {
                 scratch: full::scratch,
+                pack: wide::pack,
                 attend: full::attend::<Avx512Tiles>,
                 ..attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Bytes<Avx512, Vnni>, 8, 2, 1)
             },

@@ -6,7 +6,7 @@
 //! ```
 
 use super::super::amx::{and_rest, on_tiles, shape_tiles};
-use super::full::{Keys, PAIR, QUERY_STRIDE, STEP, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
+use super::full::{self, Keys, Lanes, PAIR, QUERY_STRIDE, STEP, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
 use crate::kernels::attention::KEY_BLOCK;
 
 /// Tiles of the matrix unit. All 16 queries are computed, however many there are.
@@ -25,7 +25,14 @@ unsafe impl Tiles for Amx {
     }
 
     #[inline]
-    unsafe fn scores(queries: *const u8, _n_queries: usize, keys: Keys, to: *mut u8, stride: usize) {
+    unsafe fn scores(
+        queries: *const u8,
+        n_queries: usize,
+        keys: Keys,
+        to: *mut u8,
+        stride: usize,
+        highest: &mut Lanes,
+    ) {
         let (block, n_steps) = (KEY_BLOCK * keys.d, keys.d.div_ceil(STEP));
         let mut key = 0;
         while key < keys.n_slots {
@@ -40,6 +47,10 @@ unsafe impl Tiles for Amx {
                     key += KEY_BLOCK;
                 }
             }
+        }
+        for q in 0..n_queries {
+            // SAFETY: AVX-512 comes with AMX; the row holds whole vectors.
+            highest[q] = unsafe { full::highest(to.add(q * stride).cast(), keys.n_keys) };
         }
     }
 

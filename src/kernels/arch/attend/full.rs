@@ -15,7 +15,7 @@ use super::super::avx512::Avx512;
 use super::integers::{Vnni, exponent, weights};
 use super::pack::{Columns, Third};
 use super::products::{Bytes, Products as ProductsOf};
-use super::{Attend, CHUNK, LEAST_QUERY, exponent_unit, write_row};
+use super::{Attend, CHUNK, LEAST_QUERY, exponent_unit, wide, write_row};
 use crate::kernels::attention::{AttentionForm, KEY_BLOCK, SlotRange};
 
 /// The products of a tile.
@@ -28,9 +28,9 @@ pub(in crate::kernels::arch) unsafe trait Tiles {
 
     /// To be called before the others.
     unsafe fn prepare();
-    /// Scores of the first `n_queries` of 16 queries. `queries` is `[16, QUERY_STRIDE]`, zeros beyond the dimensions up to a whole step;
-    /// `to` is `[16, stride]`, in bytes.
-    unsafe fn scores(queries: *const u8, n_queries: usize, keys: Keys, to: *mut u8, stride: usize);
+    /// Scores of the first `n_queries` of 16 queries, and the largest of each by lane. `queries` is `[16, QUERY_STRIDE]`, zeros
+    /// beyond the dimensions up to a whole step; `to` is `[16, stride]`, in bytes.
+    unsafe fn scores(queries: *const u8, n_queries: usize, keys: Keys, to: *mut u8, stride: usize, highest: &mut Lanes);
     /// Sums of weights times values for the first `n_queries` of 16 queries; `weights` is `[16, WEIGHT_STRIDE]`, zeros up to a whole
     /// step.
     unsafe fn context(weights: *const u8, n_queries: usize, values: Values, sums: &mut Sums);
@@ -41,7 +41,7 @@ pub(super) const TILE: usize = 16;
 /// Bytes of a step: dimensions of the scores' products, keys of the context's.
 pub(super) const STEP: usize = 64;
 /// Widest packed head.
-const MAX_D: usize = 128;
+pub(super) const MAX_D: usize = 128;
 /// Dimensions that are computed at once.
 pub(super) const PAIR: usize = 2 * TILE;
 /// Bytes from a query's codes to the next one's.
@@ -87,11 +87,15 @@ fn n_keys(args: &Attend<'_>) -> Option<usize> {
     (alone && n <= AttentionForm::Int8.max_keys() && head.heads.d_padded() <= MAX_D).then_some(n)
 }
 
-/// Packed keys of `n_slots` slots, a multiple of [`KEY_BLOCK`]; readable up to a whole step.
+/// A vector for each of 16 queries.
+pub(super) type Lanes = [__m512i; TILE];
+
+/// `n_keys` packed keys in `n_slots` slots, the next multiple of [`KEY_BLOCK`]; readable up to a whole step.
 #[derive(Clone, Copy)]
 pub(in crate::kernels::arch) struct Keys {
     pub(super) first: *const u8,
     pub(super) d: usize,
+    pub(super) n_keys: usize,
     pub(super) n_slots: usize,
 }
 
@@ -132,14 +136,15 @@ macro_rules! reduce {
         $combine(_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b))
     }};
 }
+pub(super) use reduce;
 
 /// A number for each of the tile's queries.
 #[repr(C, align(64))]
-struct PerQuery([f32; TILE]);
+pub(super) struct PerQuery(pub(super) [f32; TILE]);
 
 impl PerQuery {
     #[inline(always)]
-    unsafe fn new(x: __m512) -> Self {
+    pub(super) unsafe fn new(x: __m512) -> Self {
         let mut numbers = Self([0.0; TILE]);
         // SAFETY: AVX-512 F is there by contract.
         unsafe { _mm512_store_ps(numbers.0.as_mut_ptr(), x) }
@@ -154,7 +159,13 @@ impl PerQuery {
 /// AVX-512 must be there; `to` is `[16, QUERY_STRIDE]`, `steps` one per dimension, and `d` at most [`MAX_D`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn code_queries(columns: &Columns<'_>, position: usize, size: usize, steps: *const f32, to: *mut u8) -> __m512 {
+pub(super) unsafe fn code_queries(
+    columns: &Columns<'_>,
+    position: usize,
+    size: usize,
+    steps: *const f32,
+    to: *mut u8,
+) -> __m512 {
     // SAFETY: as the contract says.
     unsafe {
         let heads = columns.head.heads;
@@ -192,7 +203,7 @@ unsafe fn code_queries(columns: &Columns<'_>, position: usize, size: usize, step
 /// AVX-512 must be there; scores must be as wide as whole vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn highest(scores: *const i32, n: usize) -> __m512i {
+pub(super) unsafe fn highest(scores: *const i32, n: usize) -> __m512i {
     // SAFETY: as the contract says.
     unsafe {
         let mut highest = [_mm512_set1_epi32(i32::MIN); 2];
@@ -215,7 +226,7 @@ unsafe fn highest(scores: *const i32, n: usize) -> __m512i {
 }
 
 /// Lanes of the last of `n` scores' vectors, if it is not whole.
-fn seen(n: usize) -> u16 {
+pub(super) fn seen(n: usize) -> u16 {
     (1 << (n % 16)) - 1
 }
 
@@ -295,16 +306,16 @@ pub(in crate::kernels::arch) unsafe fn attend<T: Tiles>(args: &Attend<'_>) {
             rest.copy_from(values.add(n_whole * STEP * d), n_rest * d);
             rest.add(n_rest * d).write_bytes(0, (STEP - n_rest) * d);
         }
-        let keys = Keys { first: keys, d, n_slots };
+        let keys = Keys { first: keys, d, n_keys, n_slots };
         let columns = Columns::new(head, Third::Query);
         for first in (0..args.keys.len()).step_by(TILE) {
             let size = TILE.min(args.keys.len() - first);
-            let scale = code_queries(&columns, args.first + first, size, step, queries);
-            T::scores(queries, size, keys, scores, room.score_stride);
+            let scale = match wide::code_queries(head, args.first + first, size, step, queries) {
+                Some(scale) => scale,
+                None => code_queries(&columns, args.first + first, size, step, queries),
+            };
             let mut rows = [_mm512_setzero_si512(); TILE];
-            for q in 0..size {
-                rows[q] = highest(scores.add(q * room.score_stride).cast(), n_keys);
-            }
+            T::scores(queries, size, keys, scores, room.score_stride, &mut rows);
             // Sums of products of bytes are below 2^24.
             let highest = _mm512_cvtepi32_ps(reduce!(rows, _mm512_max_epi32));
             let (scale, offset) = exponent(highest, scale);

@@ -11,6 +11,9 @@ use crate::kernels::attention::{CacheLine, Heads, KEY_BLOCK};
 use crate::kernels::half::half_to_f32;
 use crate::kernels::layout::PANEL;
 
+/// Least that the largest number of a dimension counts as: one that is 0 throughout has any step.
+pub(super) const LEAST_LARGEST: f32 = f32::MIN_POSITIVE * 1e6;
+
 /// Which third of `qkv`.
 #[derive(Clone, Copy)]
 pub(super) enum Third {
@@ -23,7 +26,7 @@ pub(super) enum Third {
 #[derive(Clone, Copy)]
 pub(super) struct Columns<'a> {
     pub(super) head: Head<'a>,
-    first: usize,
+    pub(super) first: usize,
 }
 
 impl<'a> Columns<'a> {
@@ -33,7 +36,7 @@ impl<'a> Columns<'a> {
 
     /// Where dimension `j` of the first token stands; those of the next tokens follow, [`PANEL`] apart.
     #[inline(always)]
-    unsafe fn start(&self, j: usize) -> *const u16 {
+    pub(super) unsafe fn start(&self, j: usize) -> *const u16 {
         let Self { head, first } = self;
         let column = first + j;
         // SAFETY: the columns are the head's.
@@ -103,8 +106,7 @@ unsafe fn steps<P: Products>(columns: &Columns<'_>, step: *mut f32, inverse: *mu
                 largest[0] = P::S::max(largest[0], P::S::abs(read(position)));
             }
             let largest = P::S::max(P::S::max(largest[0], largest[1]), P::S::max(largest[2], largest[3]));
-            // A dimension that is 0 throughout has any step.
-            let largest = P::S::max(largest, P::S::splat(f32::MIN_POSITIVE * 1e6));
+            let largest = P::S::max(largest, P::S::splat(LEAST_LARGEST));
             P::S::store(step.add(j), P::S::mul(largest, P::S::splat(1.0 / P::LARGEST)));
             P::S::store(inverse.add(j), P::S::div(P::S::splat(P::LARGEST), largest));
             j += P::S::LANES;

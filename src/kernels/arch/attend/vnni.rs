@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::full::{Keys, PAIR, Products, QUERY_STRIDE, Sums, TILE, Tiles, Values, WEIGHT_STRIDE};
+use super::full::{Keys, Lanes, PAIR, Products, QUERY_STRIDE, Sums, TILE, Tiles, Values, WEIGHT_STRIDE, seen};
 use super::{score_sums, value_sums};
 use crate::kernels::attention::KEY_BLOCK;
 
@@ -29,15 +29,20 @@ unsafe impl Tiles for Avx512Tiles {
     unsafe fn prepare() {}
 
     #[inline(always)]
-    unsafe fn scores(queries: *const u8, n_queries: usize, keys: Keys, to: *mut u8, stride: usize) {
+    unsafe fn scores(
+        queries: *const u8,
+        n_queries: usize,
+        keys: Keys,
+        to: *mut u8,
+        stride: usize,
+        highest: &mut Lanes,
+    ) {
         // SAFETY: in range by contract.
         unsafe {
             in_parts! { n_queries, |q|
-                // One vector of keys, so that each code is multiplied where it lies in memory.
-                16 => score::<16, 1>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
-                8 => score::<8, 2>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
-                4 => score::<4, 4>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
-                1 => score::<1, 4>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride),
+                8 => score::<8, 2>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride, &mut highest[q..]),
+                4 => score::<4, 4>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride, &mut highest[q..]),
+                1 => score::<1, 4>(queries.add(q * QUERY_STRIDE), keys, to.add(q * stride), stride, &mut highest[q..]),
             }
         }
     }
@@ -62,42 +67,58 @@ unsafe impl Tiles for Avx512Tiles {
 /// As for [`Tiles::scores`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn score<const Q: usize, const V: usize>(queries: *const u8, keys: Keys, to: *mut u8, stride: usize) {
+unsafe fn score<const Q: usize, const V: usize>(
+    queries: *const u8,
+    keys: Keys,
+    to: *mut u8,
+    stride: usize,
+    highest: &mut [__m512i],
+) {
+    let mut largest = [_mm512_set1_epi32(i32::MIN); Q];
     let mut key = 0;
     while key < keys.n_slots {
         // SAFETY: in range by contract.
         unsafe {
-            let (from, to) = (keys.first.add(key * keys.d), to.add(4 * key));
             if key + V * KEY_BLOCK <= keys.n_slots {
                 if keys.d == 32 {
-                    score_blocks::<Q, V, 8>(queries, from, keys.d, to, stride);
+                    score_blocks::<Q, V, 8>(queries, keys, key, to, stride, &mut largest);
                 } else {
-                    score_blocks::<Q, V, 0>(queries, from, keys.d, to, stride);
+                    score_blocks::<Q, V, 0>(queries, keys, key, to, stride, &mut largest);
                 }
                 key += V * KEY_BLOCK;
             } else {
-                score_blocks::<Q, 1, 0>(queries, from, keys.d, to, stride);
+                score_blocks::<Q, 1, 0>(queries, keys, key, to, stride, &mut largest);
                 key += KEY_BLOCK;
             }
         }
     }
+    highest[..Q].copy_from_slice(&largest);
 }
 
-/// Scores of `Q` queries with `V` blocks of keys; `GROUPS` as in [`score_sums`].
+/// Scores of `Q` queries with `V` blocks of keys from `key` on; `GROUPS` as in [`score_sums`].
 #[inline(always)]
 unsafe fn score_blocks<const Q: usize, const V: usize, const GROUPS: usize>(
     queries: *const u8,
-    keys: *const u8,
-    d: usize,
+    keys: Keys,
+    key: usize,
     to: *mut u8,
     stride: usize,
+    largest: &mut [__m512i; Q],
 ) {
     // SAFETY: in range by the contract of `score`.
     unsafe {
-        let sums = score_sums::<Products, Q, V, GROUPS>(queries.cast(), QUERY_STRIDE / 4, keys.cast(), d / 4);
+        let (from, to) = (keys.first.add(key * keys.d), to.add(4 * key));
+        let sums = score_sums::<Products, Q, V, GROUPS>(queries.cast(), QUERY_STRIDE / 4, from.cast(), keys.d / 4);
+        let whole = key + V * KEY_BLOCK <= keys.n_keys;
         for q in 0..Q {
             for v in 0..V {
                 _mm512_storeu_si512(to.add(q * stride + v * 4 * KEY_BLOCK).cast(), sums[q][v]);
+                if v + 1 < V || whole {
+                    largest[q] = _mm512_max_epi32(largest[q], sums[q][v]);
+                } else {
+                    // Only the last block is not whole.
+                    largest[q] = _mm512_mask_max_epi32(largest[q], seen(keys.n_keys), largest[q], sums[q][v]);
+                }
             }
         }
     }
