@@ -105,40 +105,15 @@ pub(super) mod exact {
     use super::super::dot::Dot;
     use super::super::dot_x86::Avx2Exact;
     use super::super::table::{Table, kernel_table};
+    use super::super::tile::{self, Tile};
     use super::*;
     use crate::kernels::AttentionForm;
 
-    /// `R` rows by `V` vectors of 8 columns; `codes` are the widened codes of the first row, the others `stride` bytes apart.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline(never)]
-    unsafe fn tile<T: Sink, const R: usize, const V: usize>(
-        gemm: &Gemm<T>,
-        row: usize,
-        column: usize,
-        codes: *const u8,
-        stride: usize,
-    ) {
-        // SAFETY: rows and columns are in range (the façade's checks), `codes` holds `R` widened rows.
-        unsafe {
-            let mut sums = [[Avx2Exact::zero(); V]; R];
-            for group in 0..gemm.k_groups {
-                let weights = gemm.weights.add(group * 256 + column * 4);
-                let half = |at: usize| _mm256_cvtepi8_epi16(_mm_loadu_si128(weights.add(at * 16).cast()));
-                let weights: [[__m256i; 2]; V] = std::array::from_fn(|v| [half(2 * v), half(2 * v + 1)]);
-                for r in 0..R {
-                    let code = Avx2Exact::codes(codes.add(r * stride + group * 4 * Avx2Exact::CODE_BYTES));
-                    for v in 0..V {
-                        sums[r][v] = Avx2Exact::dot(sums[r][v], code, weights[v]);
-                    }
-                }
-            }
-            for v in 0..V {
-                let columns = T::columns::<Avx2>(gemm, column + v * 8);
-                for r in 0..R {
-                    T::put::<Avx2>(gemm, row + r, column + v * 8, columns, Avx2Exact::finish(sums[r][v]));
-                }
-            }
-        }
+    unsafe fn tile<T: Sink, const R: usize, const V: usize>(gemm: &Gemm<T>, tile: Tile) {
+        // SAFETY: passed on unchanged, under the target features that the body needs.
+        unsafe { tile::dense::<Avx2Exact, T, R, V>(gemm, tile) }
     }
 
     /// All tiles of `n_rows` rows from `first` on, 6x8, which take twelve of the sixteen registers; 2x16 for one or two rows. `codes`
@@ -149,17 +124,16 @@ pub(super) mod exact {
             for (row, n) in row_tiles(n_rows, 6) {
                 // SAFETY: passed on; rows and columns are in range.
                 unsafe {
-                    let codes = codes.add(row * stride);
-                    let row = first + row;
+                    let at = Tile { row: first + row, column, codes: codes.add(row * stride), stride };
                     match n {
                         0 => {}
-                        1 => tile::<T, 1, 2>(gemm, row, column, codes, stride),
+                        1 => tile::<T, 1, 2>(gemm, at),
                         // Tiles of one or two rows only come of as many rows in all.
-                        2 => tile::<T, 2, 2>(gemm, row, column, codes, stride),
-                        3 => tile::<T, 3, 1>(gemm, row, column, codes, stride),
-                        4 => tile::<T, 4, 1>(gemm, row, column, codes, stride),
-                        5 => tile::<T, 5, 1>(gemm, row, column, codes, stride),
-                        _ => tile::<T, 6, 1>(gemm, row, column, codes, stride),
+                        2 => tile::<T, 2, 2>(gemm, at),
+                        3 => tile::<T, 3, 1>(gemm, at),
+                        4 => tile::<T, 4, 1>(gemm, at),
+                        5 => tile::<T, 5, 1>(gemm, at),
+                        _ => tile::<T, 6, 1>(gemm, at),
                     }
                 }
             }
@@ -238,36 +212,17 @@ pub(super) mod vnni {
     use super::super::attend::integers::Vnni;
     use super::super::attend::products::{Bytes, F32, Words};
     use super::super::attend::table::{Forms, attention};
+    use super::super::dot_x86::AvxVnni;
     use super::super::table::kernel_table;
+    use super::super::tile::{self, Tile};
     use super::*;
     use crate::kernels::AttentionForm;
 
-    /// `R` rows by 16 columns.
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
     #[inline(never)]
-    unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, row: usize, column: usize) {
-        // SAFETY: rows and columns are in range (the façade's checks).
-        unsafe {
-            let mut sums = [[_mm256_setzero_si256(); 2]; R];
-            let codes = gemm.codes.add(row * gemm.stride);
-            for group in 0..gemm.k_groups {
-                let weights = gemm.weights.add(group * 256 + column * 4);
-                let weight: [__m256i; 2] = std::array::from_fn(|j| _mm256_loadu_si256(weights.add(j * 32).cast()));
-                for r in 0..R {
-                    let code = codes.add(r * gemm.stride + group * 4).cast::<i32>().read_unaligned();
-                    let code = _mm256_set1_epi32(code);
-                    for j in 0..2 {
-                        sums[r][j] = _mm256_dpbusd_avx_epi32(sums[r][j], code, weight[j]);
-                    }
-                }
-            }
-            for j in 0..2 {
-                let columns = T::columns::<Avx2>(gemm, column + j * 8);
-                for r in 0..R {
-                    T::put::<Avx2>(gemm, row + r, column + j * 8, columns, sums[r][j]);
-                }
-            }
-        }
+    unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, tile: Tile) {
+        // SAFETY: passed on unchanged, under the target features that the body needs.
+        unsafe { tile::dense::<AvxVnni, T, R, 2>(gemm, tile) }
     }
 
     /// `gemm_u8i8_avx_vnni`: 6x16 tiles, twelve of the sixteen registers.
@@ -277,14 +232,16 @@ pub(super) mod vnni {
             for (row, n_rows) in row_tiles(gemm.n_rows, 6) {
                 // SAFETY: passed on; rows and columns are in range.
                 unsafe {
+                    let codes = gemm.codes.add(row * gemm.stride);
+                    let at = Tile { row, column, codes, stride: gemm.stride };
                     match n_rows {
                         0 => {}
-                        1 => tile::<T, 1>(gemm, row, column),
-                        2 => tile::<T, 2>(gemm, row, column),
-                        3 => tile::<T, 3>(gemm, row, column),
-                        4 => tile::<T, 4>(gemm, row, column),
-                        5 => tile::<T, 5>(gemm, row, column),
-                        _ => tile::<T, 6>(gemm, row, column),
+                        1 => tile::<T, 1>(gemm, at),
+                        2 => tile::<T, 2>(gemm, at),
+                        3 => tile::<T, 3>(gemm, at),
+                        4 => tile::<T, 4>(gemm, at),
+                        5 => tile::<T, 5>(gemm, at),
+                        _ => tile::<T, 6>(gemm, at),
                     }
                 }
             }

@@ -2,10 +2,10 @@
 //! a list, so time falls with the blocks.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
-use super::codebook::{Tile, put_product};
-use super::dot::{Dot, start_tile};
+use super::dot::Dot;
 use super::gemm::{Gemm, Sink, ValueSink};
 use super::simd::Simd;
+use super::tile::{Sums, Tile, add, put, put_product, start};
 
 /// `n_rows` rows of codes times one strip of blocks.
 pub(super) struct Blocks<T> {
@@ -24,26 +24,17 @@ pub(super) struct Blocks<T> {
 
 /// Sums of `R` rows by `V` vectors of columns from `column` of the strip.
 #[inline(always)]
-unsafe fn sums<D: Dot, T, const R: usize, const V: usize>(args: &Blocks<T>, tile: Tile) -> [[D::A; V]; R] {
+unsafe fn sums<D: Dot, T, const R: usize, const V: usize>(args: &Blocks<T>, tile: Tile) -> Sums<D, R, V> {
     // SAFETY: rows and columns are in range, each block's inputs are below the stride (the façade's checks).
     unsafe {
         let gemm = &args.gemm;
         let starts = (*gemm.columns).sum.as_ptr().add(args.first_column + tile.column);
-        let mut sums = start_tile::<D, R, V>(starts);
+        let mut sums = start::<D, R, V>(starts);
         let size = args.width * 4;
         let mut weights = gemm.weights.cast::<u8>().add(tile.column * 4);
         for block in 0..args.n_blocks {
             let codes = tile.codes.add(usize::from(*args.inputs.add(block)) * D::CODE_BYTES);
-            let mut weight = [D::weights(D::bytes(weights)); V];
-            for v in 1..V {
-                weight[v] = D::weights(D::bytes(weights.add(v * D::S::LANES * 4)));
-            }
-            for r in 0..R {
-                let code = D::codes(codes.add(r * tile.stride));
-                for v in 0..V {
-                    sums[r][v] = D::dot(sums[r][v], code, weight[v]);
-                }
-            }
+            add::<D, R, V>(&mut sums, codes, tile.stride, weights);
             weights = weights.add(size);
         }
         sums
@@ -59,13 +50,7 @@ pub(super) unsafe fn tile<D: Dot, T: Sink, const R: usize, const V: usize>(args:
     // SAFETY: in range by contract.
     unsafe {
         let sums = sums::<D, T, R, V>(args, tile);
-        for v in 0..V {
-            let column = args.first_column + tile.column + v * D::S::LANES;
-            let columns = T::columns::<D::S>(&args.gemm, column);
-            for r in 0..R {
-                T::put::<D::S>(&args.gemm, tile.row + r, column, columns, D::finish(sums[r][v]));
-            }
-        }
+        put::<D, T, R, V>(&args.gemm, tile.row, args.first_column + tile.column, &sums);
     }
 }
 

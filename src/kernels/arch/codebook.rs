@@ -4,9 +4,10 @@
 
 use std::ops::Range;
 
-use super::dot::{Dot, start_tile};
+use super::dot::Dot;
 use super::gemm::{Gemm, Sink, ValueSink};
 use super::simd::Simd;
+use super::tile::{Sums, Tile, put, put_product, start};
 use crate::kernels::forms::PAIR;
 use crate::kernels::layout::PANEL;
 
@@ -25,43 +26,6 @@ pub(super) struct Codebook<T> {
     pub(super) scales: *const [f32; PANEL],
     /// `[n_groups, PANEL]`.
     pub(super) zeros: *const [i8; PANEL],
-}
-
-/// `row.scale · product + (row.low + bias · row.scale) · column.offset + column.bias`, where `product` is the sum of
-/// weights times codes less `bias`.
-///
-/// # Safety
-/// As for [`Simd`]; row and column must be in range.
-#[inline(always)]
-pub(super) unsafe fn put_product<S: Simd, T: ValueSink>(
-    gemm: &Gemm<T>,
-    row: usize,
-    column: usize,
-    product: S::F,
-    bias: i32,
-) {
-    // SAFETY: in range by contract.
-    unsafe {
-        let columns = &*gemm.columns;
-        let scale = *gemm.scales.add(row);
-        #[allow(clippy::cast_precision_loss, reason = "0 or 128")]
-        let low = scale.low + bias as f32 * scale.scale;
-        let offset = S::load(columns.offset.as_ptr().add(column));
-        let constant = S::fma(S::splat(low), offset, S::load(columns.bias.as_ptr().add(column)));
-        T::store::<S>(gemm.out.add(row * PANEL + column), S::fma(product, S::splat(scale.scale), constant));
-    }
-}
-
-/// Sums of a tile of `R` rows by `V` vectors of columns.
-type Sums<D, const R: usize, const V: usize> = [[<D as Dot>::A; V]; R];
-
-/// A tile: its first row and column, and that row's codes in the form that [`Dot::codes`] reads, `stride` bytes apart.
-#[derive(Clone, Copy)]
-pub(super) struct Tile {
-    pub(super) row: usize,
-    pub(super) column: usize,
-    pub(super) codes: *const u8,
-    pub(super) stride: usize,
 }
 
 /// The weights of half `half` of a packed vector. Of the last pair only the bytes of `rest` inputs are kept.
@@ -175,16 +139,9 @@ unsafe fn add<D: Dot, T, const R: usize, const V: usize>(
 pub(super) unsafe fn tile<D: Dot, T: Sink, const R: usize, const V: usize>(args: &Codebook<T>, tile: Tile) {
     // SAFETY: in range by contract.
     unsafe {
-        let columns = &*args.gemm.columns;
-        let mut sums = start_tile::<D, R, V>(columns.sum.as_ptr().add(tile.column));
+        let mut sums = start::<D, R, V>((*args.gemm.columns).sum.as_ptr().add(tile.column));
         add::<D, T, R, V>(args, tile, 0..args.n_in.div_ceil(PAIR), None, &mut sums);
-        for v in 0..V {
-            let column = tile.column + v * D::S::LANES;
-            let columns = T::columns::<D::S>(&args.gemm, column);
-            for r in 0..R {
-                T::put::<D::S>(&args.gemm, tile.row + r, column, columns, D::finish(sums[r][v]));
-            }
-        }
+        put::<D, T, R, V>(&args.gemm, tile.row, tile.column, &sums);
     }
 }
 

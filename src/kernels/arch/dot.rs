@@ -1,4 +1,4 @@
-//! The byte operations that the matrix products of `codebook.rs` and `blocks.rs` are written in. As with [`Simd`], a
+//! The byte operations that matrix products are written in. As with [`Simd`], a
 //! body generic over [`Dot`] is instantiated under the target features of each instruction set.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
@@ -62,6 +62,12 @@ pub(super) unsafe trait Dot: Copy {
     /// Keeps the bytes of each column that `mask` has ones for.
     unsafe fn keep(x: Self::B, mask: u32) -> Self::B;
     unsafe fn weights(x: Self::B) -> Self::W;
+    /// [`Dot::weights`] of bytes in memory.
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self::W {
+        // SAFETY: passed on.
+        unsafe { Self::weights(Self::bytes(from)) }
+    }
     unsafe fn codes(from: *const u8) -> Self::C;
     /// `sums[n] + Σ_j (codes[j] − CODE_BIAS) · weights[n][j]`.
     unsafe fn dot(sums: Self::A, codes: Self::C, weights: Self::W) -> Self::A;
@@ -80,25 +86,6 @@ pub(super) unsafe trait Dot: Copy {
             sum += i32::from(unsafe { *from.add(i) });
         }
         sum
-    }
-}
-
-/// The sums of a tile of `R` rows by `V` vectors where they start ([`Dot::start`]).
-///
-/// # Safety
-/// As for [`Simd`]; `sums` must hold the tile's columns.
-#[inline(always)]
-pub(super) unsafe fn start_tile<D: Dot, const R: usize, const V: usize>(sums: *const i32) -> [[D::A; V]; R] {
-    // SAFETY: passed on.
-    unsafe {
-        let mut tile = [[D::zero(); V]; R];
-        for v in 0..V {
-            let start = D::start(sums.add(v * D::S::LANES));
-            for r in 0..R {
-                tile[r][v] = start;
-            }
-        }
-        tile
     }
 }
 

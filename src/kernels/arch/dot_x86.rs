@@ -138,6 +138,11 @@ unsafe impl Dot for Avx2Exact {
             _mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)),
             _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(x)),
         ];
+        // Widened by the load: in registers that takes the place of additions.
+        fn load(from: *const u8) -> [__m256i; 2] = [
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(16).cast())),
+        ];
         fn codes(from: *const u8) -> __m256i = _mm256_set1_epi64x(from.cast::<i64>().read_unaligned());
         fn dot(sums: [__m256i; 2], codes: __m256i, weights: [__m256i; 2]) -> [__m256i; 2] = [
             _mm256_add_epi32(sums[0], _mm256_madd_epi16(codes, weights[0])),

@@ -70,16 +70,14 @@ unsafe fn affine<S: Simd, T>(gemm: &Gemm<T>, column: usize) -> Affine<S::F> {
     }
 }
 
-/// `scale · acc · column.scale + low · column.offset + column.bias`.
+/// `row.scale · product + row.low · offset + bias`.
+///
+/// # Safety
+/// As for [`Simd`].
 #[inline(always)]
-unsafe fn dequantize<S: Simd, T>(gemm: &Gemm<T>, row: usize, columns: Affine<S::F>, sums: S::I) -> S::F {
-    // SAFETY: in range by the contract of `Sink`.
-    unsafe {
-        let scale = *gemm.scales.add(row);
-        let product = S::mul(S::to_float(sums), columns.scale);
-        let constant = S::fma(S::splat(scale.low), columns.offset, columns.bias);
-        S::fma(product, S::splat(scale.scale), constant)
-    }
+pub(super) unsafe fn value<S: Simd>(row: RowScale, product: S::F, offset: S::F, bias: S::F) -> S::F {
+    // SAFETY: the instruction set is present by contract.
+    unsafe { S::fma(product, S::splat(row.scale), S::fma(S::splat(row.low), offset, bias)) }
 }
 
 /// The largest number of binary16.
@@ -124,7 +122,11 @@ impl<T: ValueSink> Sink for T {
     #[inline(always)]
     unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, columns: Affine<S::F>, sums: S::I) {
         // SAFETY: in range by contract.
-        unsafe { T::store::<S>(gemm.out.add(row * PANEL + column), dequantize::<S, _>(gemm, row, columns, sums)) }
+        unsafe {
+            let product = S::mul(S::to_float(sums), columns.scale);
+            let value = value::<S>(*gemm.scales.add(row), product, columns.offset, columns.bias);
+            T::store::<S>(gemm.out.add(row * PANEL + column), value);
+        }
     }
 }
 

@@ -4,10 +4,10 @@
 
 use std::ops::Range;
 
-use super::codebook::{Tile, put_product};
-use super::dot::{Dot, start_tile};
+use super::dot::Dot;
 use super::gemm::{Gemm, ValueSink};
 use super::simd::Simd;
+use super::tile::{Sums, Tile, add, put_product, start};
 use crate::kernels::layout::PANEL;
 
 /// `n_rows` rows of codes times one panel.
@@ -32,25 +32,16 @@ unsafe fn sums<D: Dot, T, const R: usize, const V: usize>(
     tile: Tile,
     group: usize,
     inputs: Range<usize>,
-) -> [[D::A; V]; R] {
+) -> Sums<D, R, V> {
     // SAFETY: rows, columns and inputs are in range (the façade's checks).
     unsafe {
         let starts = (*args.sums.add(group)).as_ptr().add(tile.column);
-        let mut sums = start_tile::<D, R, V>(starts);
+        let mut sums = start::<D, R, V>(starts);
         let weights = args.gemm.weights.cast::<u8>().add(tile.column * 4);
         for step in inputs.start / 4..inputs.end.div_ceil(4) {
             let weights = weights.add(step * PANEL * 4);
             let codes = tile.codes.add(step * 4 * D::CODE_BYTES);
-            let mut weight = [D::weights(D::bytes(weights)); V];
-            for v in 1..V {
-                weight[v] = D::weights(D::bytes(weights.add(v * D::S::LANES * 4)));
-            }
-            for r in 0..R {
-                let code = D::codes(codes.add(r * tile.stride));
-                for v in 0..V {
-                    sums[r][v] = D::dot(sums[r][v], code, weight[v]);
-                }
-            }
+            add::<D, R, V>(&mut sums, codes, tile.stride, weights);
         }
         sums
     }

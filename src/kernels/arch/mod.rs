@@ -17,6 +17,7 @@ mod products;
 mod rows;
 mod simd;
 mod table;
+mod tile;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -11,6 +11,7 @@ use super::attend::table::{Forms, attention};
 use super::gemm::{Gemm, Sink, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
+use super::tile::{self, Tile};
 use crate::kernels::AttentionForm;
 
 /// Four lanes.
@@ -82,42 +83,10 @@ pub(super) unsafe fn dot(sums: int32x4_t, weights: int8x16_t, codes: int8x16_t) 
     sums
 }
 
-/// `R` rows by 16 columns. Codes are u8 and the dot product wants s8: `Σ a w = Σ (a − 128) w + 128 Σ w`.
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, row: usize, column: usize) {
-    // SAFETY: rows and columns are in range (the façade's checks).
-    unsafe {
-        let columns = &*gemm.columns;
-        let mut sums = [[vdupq_n_s32(0); 4]; R];
-        for j in 0..4 {
-            let start = vshlq_n_s32::<7>(vld1q_s32(columns.sum.as_ptr().add(column + j * 4)));
-            for r in 0..R {
-                sums[r][j] = start;
-            }
-        }
-        let codes = gemm.codes.add(row * gemm.stride);
-        let sign = vdupq_n_u32(0x8080_8080);
-        for group in 0..gemm.k_groups {
-            let weights = gemm.weights.add(group * 256 + column * 4);
-            let mut weight = [vdupq_n_s8(0); 4];
-            for j in 0..4 {
-                weight[j] = vld1q_s8(weights.add(j * 16));
-            }
-            for r in 0..R {
-                let code = codes.add(r * gemm.stride + group * 4).cast::<u32>().read_unaligned();
-                let code = vreinterpretq_s8_u32(veorq_u32(vdupq_n_u32(code), sign));
-                for j in 0..4 {
-                    sums[r][j] = dot(sums[r][j], weight[j], code);
-                }
-            }
-        }
-        for j in 0..4 {
-            let columns = T::columns::<Neon>(gemm, column + j * 4);
-            for r in 0..R {
-                T::put::<Neon>(gemm, row + r, column + j * 4, columns, sums[r][j]);
-            }
-        }
-    }
+unsafe fn tile<T: Sink, const R: usize>(gemm: &Gemm<T>, tile: Tile) {
+    // SAFETY: passed on unchanged, under the target features that the body needs.
+    unsafe { tile::dense::<Neon, T, R, 4>(gemm, tile) }
 }
 
 /// `gemm_u8i8_neon_dotprod`: 4x16 tiles.
@@ -127,12 +96,13 @@ unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
         for (row, n_rows) in row_tiles(gemm.n_rows, 4) {
             // SAFETY: passed on; rows and columns are in range.
             unsafe {
+                let at = Tile { row, column, codes: gemm.codes.add(row * gemm.stride), stride: gemm.stride };
                 match n_rows {
                     0 => {}
-                    1 => tile::<T, 1>(gemm, row, column),
-                    2 => tile::<T, 2>(gemm, row, column),
-                    3 => tile::<T, 3>(gemm, row, column),
-                    _ => tile::<T, 4>(gemm, row, column),
+                    1 => tile::<T, 1>(gemm, at),
+                    2 => tile::<T, 2>(gemm, at),
+                    3 => tile::<T, 3>(gemm, at),
+                    _ => tile::<T, 4>(gemm, at),
                 }
             }
         }

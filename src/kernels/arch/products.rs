@@ -88,7 +88,7 @@ const fn up_to(n: usize, most: usize) -> usize {
     if n < most { n } else { most }
 }
 
-/// A module with the bodies of `codebook.rs` and `blocks.rs` for one dot product under the given target features, in tiles of
+/// A module with the bodies of `codebook.rs`, `blocks.rs` and `groups.rs` for one dot product under the given target features, in tiles of
 /// `$rows` rows by `$vectors` vectors. Tiles are not inlined: beside the loops over them the compiler would compute where their rows start
 /// in every step.
 macro_rules! products {
@@ -96,12 +96,13 @@ macro_rules! products {
         #[allow(dead_code, reason = "some instruction sets use a dot product for a part of the forms alone")]
         pub(in crate::kernels::arch) mod $name {
             use crate::kernels::arch::blocks::{self, Blocks};
-            use crate::kernels::arch::codebook::{self, Codebook, Tile};
+            use crate::kernels::arch::codebook::{self, Codebook};
             use crate::kernels::arch::dot::Dot;
             use crate::kernels::arch::gemm::{Sink, ValueSink, row_tiles};
             use crate::kernels::arch::groups::{self, Groups};
             use crate::kernels::arch::products::up_to;
             use crate::kernels::arch::simd::Simd;
+            use crate::kernels::arch::tile::Tile;
             use crate::kernels::forms::PAIR;
             use crate::kernels::layout::PANEL;
 

@@ -6,10 +6,10 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::super::avx512::Avx512;
-use super::super::codebook::put_product;
 use super::super::gemm::{Gemm, ValueSink};
 use super::super::groups::Groups;
 use super::super::products::amx::any;
+use super::super::tile::put_product;
 use super::{STEP_GROUPS, Steps, Sums, TILE, shape_tiles, square, strip};
 use crate::kernels::layout::PANEL;
 
