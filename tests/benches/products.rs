@@ -17,8 +17,8 @@ use niwaki::quant::{BlockSparse, Codebook4, Weight, pack_matrix, quantize_rows_a
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// Rows that are computed together, as the player does on most instruction sets.
-const BLOCK_ROWS: usize = 48;
+/// Most rows that are computed together; how many are is the player's choice, by instruction set.
+const BLOCK_ROWS: usize = KernelSet::MOST_BLOCK_ROWS;
 /// `(n_in, n_out)`: the two products of the FFN of all-MiniLM-L6-v2.
 const SHAPES: [(usize, usize); 2] = [(384, 1536), (1536, 384)];
 const ROWS: [usize; 4] = [1, 16, 128, 4096];
@@ -99,7 +99,8 @@ fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
             set.product_f32(rows, weights, panel, out);
         }
     };
-    for (codes, scales) in x.codes.chunks(BLOCK_ROWS * x.stride).zip(x.scales.chunks(BLOCK_ROWS)) {
+    let block = set.block_rows(form.first.n_in());
+    for (codes, scales) in x.codes.chunks(block * x.stride).zip(x.scales.chunks(block)) {
         let rows = CodeRows { codes, stride: x.stride, scales, wide: &[] };
         let Some(second) = &form.second else {
             panels(&rows, &form.first, out);
