@@ -1,5 +1,5 @@
 //! Coding of queries, keys and values in bytes with AVX-512 for heads whose dimensions lie in whole vectors of 32, read and packed
-//! in pairs of vectors; every other head is [`super::pack`]'s and [`super::code_query`]'s. Codes and layout are the same.
+//! in pairs of vectors; every other head is [`super::pack()`]'s and [`super::code_query`]'s. Codes and layout are the same.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
 use std::arch::x86_64::*;
@@ -140,7 +140,7 @@ unsafe fn pack_values(from: *const u16, n: usize, inverses: [__m512; 2], to: *mu
     }
 }
 
-/// [`super::pack`] in bytes.
+/// [`super::pack()`] in bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 pub(in crate::kernels::arch) unsafe fn pack(head: &Head<'_>, packed: *mut CacheLine, scratch: *mut f32) {
     // SAFETY: `packed` holds `lines` and `scratch` holds `scratch` for this head (the façade's checks).
