@@ -278,7 +278,7 @@ unsafe fn activate_rows_as<S: Simd>(
                 for j in 0..4 {
                     S::store(values.add(i + j * S::LANES), y[j]);
                 }
-                // In pairs, so that a row waits for two of its extremes instead of four.
+                // As a tree, so that a row's extremes wait for one operation instead of four.
                 low = S::min(low, S::min(S::min(y[0], y[1]), S::min(y[2], y[3])));
                 high = S::max(high, S::max(S::max(y[0], y[1]), S::max(y[2], y[3])));
                 i += 4 * S::LANES;

@@ -11,9 +11,11 @@ use super::attend::vnni::Avx512Tiles;
 use super::attend::wide;
 use super::avx2::{halves, reduce_fours};
 use super::codebook::Codebook;
+use super::dot_x86::Avx512Vnni;
 use super::gemm::{Gemm, Sink, row_starts, row_tiles};
 use super::simd::Simd;
 use super::table::{kernel_table, one};
+use super::tile::put;
 use crate::kernels::AttentionForm;
 use crate::kernels::forms::PAIR;
 use crate::kernels::layout::PANEL;
@@ -29,14 +31,21 @@ pub(super) unsafe fn words_of_dwords(x: [__m512i; 4]) -> [__m512i; 2] {
     unsafe { [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])] }
 }
 
+/// Bytes of four vectors of dwords that were packed twice, in the order of the dwords again.
+#[inline(always)]
+pub(super) unsafe fn in_order(packed: __m512i) -> __m512i {
+    // SAFETY: AVX-512 F, by contract.
+    unsafe {
+        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_permutexvar_epi32(order, packed)
+    }
+}
+
 /// What [`words_of_dwords`] yields, in bytes, saturated, and in the order of the dwords again.
 #[inline(always)]
 pub(super) unsafe fn bytes_of_words(x: [__m512i; 2]) -> __m512i {
     // SAFETY: AVX-512 BW, by contract.
-    unsafe {
-        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_permutexvar_epi32(order, _mm512_packus_epi16(x[0], x[1]))
-    }
+    unsafe { in_order(_mm512_packus_epi16(x[0], x[1])) }
 }
 
 /// The first `n ≤ 16` lanes.
@@ -140,41 +149,38 @@ unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, r
                 _mm_prefetch::<_MM_HINT_T0>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
             }
         }
-        // Written out: a loop over vectors would keep the accumulators in memory.
-        put::<T, R, 0>(gemm, row, &sums);
-        put::<T, R, 1>(gemm, row, &sums);
-        put::<T, R, 2>(gemm, row, &sums);
-        put::<T, R, 3>(gemm, row, &sums);
+        put::<Avx512Vnni, T, R, 4>(gemm, row, 0, &sums);
     }
 }
 
-/// What becomes of the accumulators of vector `V` of each row.
-#[inline(always)]
-unsafe fn put<T: Sink, const R: usize, const V: usize>(gemm: &Gemm<T>, row: usize, sums: &[[__m512i; 4]; R]) {
+/// [`tile`] of `n_rows` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn tile_of<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, n_rows: usize, line: usize) {
     // SAFETY: passed on.
     unsafe {
-        let columns = T::columns::<Avx512>(gemm, V * 16);
-        for r in 0..R {
-            T::put::<Avx512>(gemm, row + r, V * 16, columns, sums[r][V]);
+        match n_rows {
+            0 => {}
+            1 => tile::<T, 1, PREFETCH>(gemm, row, line),
+            2 => tile::<T, 2, PREFETCH>(gemm, row, line),
+            3 => tile::<T, 3, PREFETCH>(gemm, row, line),
+            4 => tile::<T, 4, PREFETCH>(gemm, row, line),
+            5 => tile::<T, 5, PREFETCH>(gemm, row, line),
+            _ => tile::<T, 6, PREFETCH>(gemm, row, line),
         }
     }
 }
 
+/// All tiles; the first ones ask for `PREFETCH` of the next panel's lines each, until all four of a group are asked for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
     for (index, (row, n_rows)) in row_tiles(gemm.n_rows, 6).enumerate() {
         let line = index * PREFETCH;
         // SAFETY: passed on; the rows are below `n_rows`.
         unsafe {
-            match n_rows {
-                6 if line >= 4 => tile::<T, 6, 0>(gemm, row, line),
-                0 => {}
-                1 => tile::<T, 1, PREFETCH>(gemm, row, line),
-                2 => tile::<T, 2, PREFETCH>(gemm, row, line),
-                3 => tile::<T, 3, PREFETCH>(gemm, row, line),
-                4 => tile::<T, 4, PREFETCH>(gemm, row, line),
-                5 => tile::<T, 5, PREFETCH>(gemm, row, line),
-                _ => tile::<T, 6, PREFETCH>(gemm, row, line),
+            if line < 4 {
+                tile_of::<T, PREFETCH>(gemm, row, n_rows, line);
+            } else {
+                tile_of::<T, 0>(gemm, row, n_rows, line);
             }
         }
     }

@@ -75,13 +75,31 @@ pub(super) unsafe fn put<D: Dot, T: Sink, const R: usize, const V: usize>(
     column: usize,
     sums: &Sums<D, R, V>,
 ) {
-    // SAFETY: in range by contract.
+    const { assert!(V <= 4) };
+    // SAFETY: in range by contract. Written out: a loop over vectors would keep the sums in memory.
     unsafe {
-        for v in 0..V {
-            let column = column + v * D::S::LANES;
+        put_vector::<D, T, R, V, 0>(gemm, row, column, sums);
+        put_vector::<D, T, R, V, 1>(gemm, row, column, sums);
+        put_vector::<D, T, R, V, 2>(gemm, row, column, sums);
+        put_vector::<D, T, R, V, 3>(gemm, row, column, sums);
+    }
+}
+
+/// [`put`] of vector `AT` of each row, if there is one.
+#[inline(always)]
+unsafe fn put_vector<D: Dot, T: Sink, const R: usize, const V: usize, const AT: usize>(
+    gemm: &Gemm<T>,
+    row: usize,
+    column: usize,
+    sums: &Sums<D, R, V>,
+) {
+    if AT < V {
+        // SAFETY: in range by the contract of `put`.
+        unsafe {
+            let column = column + AT * D::S::LANES;
             let columns = T::columns::<D::S>(gemm, column);
             for r in 0..R {
-                T::put::<D::S>(gemm, row + r, column, columns, D::finish(sums[r][v]));
+                T::put::<D::S>(gemm, row + r, column, columns, D::finish(sums[r][AT]));
             }
         }
     }

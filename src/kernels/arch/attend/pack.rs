@@ -26,7 +26,7 @@ pub(super) enum Third {
 #[derive(Clone, Copy)]
 pub(super) struct Columns<'a> {
     pub(super) head: Head<'a>,
-    pub(super) first: usize,
+    first: usize,
 }
 
 impl<'a> Columns<'a> {
@@ -43,11 +43,11 @@ impl<'a> Columns<'a> {
         unsafe { head.qkv.add((column / PANEL * head.n_rows + head.first_row) * PANEL + column % PANEL) }
     }
 
-    /// Whether all vectors are whole and do not cross a panel, so that they can be read from [`Columns::start`] on.
+    /// Whether all vectors of `width` are whole and do not cross a panel, so that they can be read from [`Columns::start`] on.
     #[inline(always)]
-    fn are_whole<S: Simd>(&self) -> bool {
+    pub(super) fn are_whole(&self, width: usize) -> bool {
         let Heads { d_head, .. } = self.head.heads;
-        self.first.is_multiple_of(16) && d_head.is_multiple_of(S::LANES) && d_head == self.head.heads.d_padded()
+        self.first.is_multiple_of(width) && d_head.is_multiple_of(width) && d_head == self.head.heads.d_padded()
     }
 
     /// Dimensions `j..j + LANES` of every token.
@@ -55,7 +55,7 @@ impl<'a> Columns<'a> {
     pub(super) unsafe fn vector<S: Simd>(&self, j: usize) -> impl Fn(usize) -> S::F {
         let columns = *self;
         // SAFETY: in whole vectors all columns are the head's.
-        let start = columns.are_whole::<S>().then(|| unsafe { columns.start(j) });
+        let start = columns.are_whole(S::LANES).then(|| unsafe { columns.start(j) });
         // SAFETY: the token is one of the sequence's.
         move |position| unsafe {
             match start {

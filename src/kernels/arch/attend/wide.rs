@@ -1,37 +1,27 @@
 //! Coding of queries, keys and values in bytes with AVX-512 for heads whose dimensions lie in whole vectors of 32, read and packed
-//! in pairs of vectors; every other head is [`super::pack()`]'s and [`super::code_query`]'s. Codes and layout are the same.
+//! in pairs of vectors; every other head is [`super::pack()`]'s and [`super::full::code_queries`]'. Codes and layout are the same.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::super::avx512::Avx512;
+use super::super::avx512::{Avx512, in_order};
 use super::super::simd::Simd;
 use super::full::{MAX_D, PAIR, PerQuery, Products, QUERY_STRIDE, TILE, reduce};
 use super::integers::Integers;
 use super::pack::{Columns, LEAST_LARGEST, Third};
 use super::products::Products as ProductsOf;
 use super::{Head, LEAST_QUERY, exponent_unit};
-use crate::kernels::attention::{CacheLine, KEY_BLOCK};
+use crate::kernels::attention::{CacheLine, KEY_BLOCK, KeySlots};
 use crate::kernels::layout::PANEL;
 
 const MOST: f32 = <Products as ProductsOf>::LARGEST;
 
-/// Where the first token's dimensions of one third of a head stand, if they can be read in pairs of vectors.
+/// One third of a head, if it can be read in pairs of vectors.
 #[inline(always)]
-unsafe fn start(head: &Head<'_>, third: Third) -> Option<*const u16> {
+fn columns<'a>(head: &Head<'a>, third: Third) -> Option<Columns<'a>> {
     let columns = Columns::new(head, third);
-    let d = head.heads.d_padded();
-    let whole = d == head.heads.d_head && d <= MAX_D && d.is_multiple_of(PAIR) && columns.first.is_multiple_of(PAIR);
-    // SAFETY: the columns are the head's.
-    whole.then(|| unsafe { columns.start(0) })
-}
-
-/// Dimensions `j..j + PAIR` of the first token; those of the next tokens follow, [`PANEL`] apart. `start` is a head's.
-#[inline(always)]
-unsafe fn from_dimension(head: &Head<'_>, third: Third, j: usize) -> *const u16 {
-    // SAFETY: whole vectors do not cross a panel, as their first column is a multiple of their width.
-    unsafe { Columns::new(head, third).start(j) }
+    (columns.are_whole(PAIR) && head.heads.d_padded() <= MAX_D).then_some(columns)
 }
 
 #[inline(always)]
@@ -145,17 +135,17 @@ unsafe fn pack_values(from: *const u16, n: usize, inverses: [__m512; 2], to: *mu
 pub(in crate::kernels::arch) unsafe fn pack(head: &Head<'_>, packed: *mut CacheLine, scratch: *mut f32) {
     // SAFETY: `packed` holds `lines` and `scratch` holds `scratch` for this head (the façade's checks).
     unsafe {
-        let in_order = head.slots.natural && head.slots.listed.is_empty() && head.slots.pooled == 0;
-        if !in_order || start(head, Third::Key).is_none() || start(head, Third::Value).is_none() {
-            return super::pack::<Products>(head, packed, scratch);
-        }
+        let (key_columns, value_columns) = match (columns(head, Third::Key), columns(head, Third::Value)) {
+            (Some(keys), Some(values)) if head.slots == KeySlots::NATURAL => (keys, values),
+            _ => return super::pack::<Products>(head, packed, scratch),
+        };
         let (d, len) = (head.heads.d_padded(), head.len);
         let n_slots = head.slots.n_slots(len);
         let step: *mut f32 = packed.cast();
         let keys: *mut u8 = step.add(2 * d).cast();
         let values = keys.add(n_slots * d);
         for j in (0..d).step_by(PAIR) {
-            let (key, value) = (from_dimension(head, Third::Key, j), from_dimension(head, Third::Value, j));
+            let (key, value) = (key_columns.start(j), value_columns.start(j));
             let key_inverses = steps(key, len, step.add(j));
             let value_inverses = steps(value, len, step.add(d + j));
             for first in (0..n_slots).step_by(KEY_BLOCK) {
@@ -189,12 +179,12 @@ pub(super) unsafe fn code_queries(
 ) -> Option<__m512> {
     // SAFETY: as the contract says.
     unsafe {
-        start(head, Third::Query)?;
+        let columns = columns(head, Third::Query)?;
         let d = head.heads.d_padded();
         let mut largest = [_mm512_castps_si512(_mm512_set1_ps(LEAST_QUERY)); TILE];
         let mut scaled = [[const { MaybeUninit::<[__m512; 2]>::uninit() }; TILE]; MAX_D / PAIR];
         for (part, j) in (0..d).step_by(PAIR).enumerate() {
-            let from = from_dimension(head, Third::Query, j).add(position * PANEL);
+            let from = columns.start(j).add(position * PANEL);
             let step = [_mm512_loadu_ps(steps.add(j)), _mm512_loadu_ps(steps.add(j + TILE))];
             for q in 0..TILE {
                 // Behind the last query it is coded again.
@@ -208,7 +198,6 @@ pub(super) unsafe fn code_queries(
         }
         let largest = _mm512_castsi512_ps(reduce!(largest, _mm512_max_epi32));
         let inverse = PerQuery::new(_mm512_div_ps(_mm512_set1_ps(MOST), largest));
-        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         for part in 0..d / PAIR {
             for q in (0..TILE).step_by(2) {
                 let mut words = [_mm512_setzero_si512(); 2];
@@ -218,7 +207,7 @@ pub(super) unsafe fn code_queries(
                     let low = _mm512_cvtps_epi32(_mm512_mul_ps(x[0], inverse));
                     words[k] = _mm512_packs_epi32(low, _mm512_cvtps_epi32(_mm512_mul_ps(x[1], inverse)));
                 }
-                let both = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[0], words[1]));
+                let both = in_order(_mm512_packs_epi16(words[0], words[1]));
                 let to = to.add(q * QUERY_STRIDE + part * PAIR);
                 _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(both));
                 _mm256_storeu_si256(to.add(QUERY_STRIDE).cast(), _mm512_extracti64x4_epi64::<1>(both));
@@ -232,7 +221,7 @@ pub(super) unsafe fn code_queries(
 mod tests {
     use super::super::full;
     use super::*;
-    use crate::kernels::attention::{Heads, KeySlots};
+    use crate::kernels::attention::Heads;
     use crate::kernels::half::f32_to_half;
     use crate::kernels::{Isa, IsaName};
 
