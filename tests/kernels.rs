@@ -5,10 +5,9 @@ use niwaki::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
 use niwaki::kernels::forms::{GroupParts, LayerShape, PackedGroups, PackedMatrix};
-use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale, block_index, code_stride};
+use niwaki::kernels::layout::{CodeRows, PANEL, PackedLinear, RowScale, block_index, code_stride};
 use niwaki::kernels::{
-    AttentionForm, Block, CodeRowsMut, Isa, IsaName, KernelSet, Nonlinearity, Norm, Reduction, f32_to_half,
-    half_to_f32, reference,
+    AttentionForm, Block, CodeRowsMut, Isa, IsaName, KernelSet, Nonlinearity, f32_to_half, half_to_f32, reference,
 };
 use std::ops::Range;
 
@@ -28,14 +27,9 @@ fn floats(rng: &mut StdRng, n: usize, width: f32) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-width..width)).collect()
 }
 
-/// Row-major values as a block in panels; what no column stands for is poison.
-fn to_block(values: &[f32], n: usize) -> Vec<f32> {
-    let n_rows = values.len() / n;
-    let mut block = vec![f32::NAN; n.div_ceil(PANEL) * n_rows * PANEL];
-    for (index, &value) in values.iter().enumerate() {
-        block[block_index(n_rows, index / n, index % n)] = value;
-    }
-    block
+/// Whether no binary16 is nearer; of two that are as near, either will do.
+fn is_nearest_half(half: u16, value: f32) -> bool {
+    (half_to_f32(half) - value).abs() <= (half_to_f32(f32_to_half(value)) - value).abs()
 }
 
 /// A problem: codes and weights of the given sizes; `extreme` ones are all 0, 255, −127, −128 or 127.
@@ -161,7 +155,7 @@ fn values_of_a_product_are_within_rounding() {
                         let got = values[row * PANEL + column];
                         let error = (f64::from(got) - want).abs();
                         assert!(error < 2e-6 * largest, "{}: {got} for {want}", set.name());
-                        assert_eq!(halves[row * PANEL + column], f32_to_half(got), "{}", set.name());
+                        assert!(is_nearest_half(halves[row * PANEL + column], got), "{}", set.name());
                     }
                 }
             }
@@ -207,32 +201,6 @@ fn the_reference_error_function_is_exact() {
 }
 
 #[test]
-fn rows_are_quantized_as_the_reference_does() {
-    for n in [1, 4, 15, 16, 63, 64, 65, 77, 100, 384] {
-        let mut values = floats(&mut rng(n as u64), 5 * n, 3.0);
-        values[n..2 * n].fill(0.25); // a constant row
-        values[2 * n..3 * n].iter_mut().for_each(|value| *value = value.abs() + 10.0); // no zero inside
-        let block = to_block(&values, n);
-        let stride = code_stride(n);
-        for set in sets() {
-            for rows in [0..5, 2..4, 3..3] {
-                let mut codes = vec![0xcdu8; rows.len() * stride];
-                let mut scales = vec![RowScale::default(); rows.len()];
-                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: None };
-                set.quantize(Block { data: &block, n_rows: 5, n }, rows.clone(), &mut to);
-                for (index, row) in rows.enumerate() {
-                    let (scale, expected) = reference::quantize(&values[row * n..(row + 1) * n]);
-                    assert_eq!(scales[index], scale, "{} width {n}", set.name());
-                    assert_eq!(&codes[index * stride..index * stride + n], expected, "{} width {n}", set.name());
-                    let gap = &codes[index * stride + n..(index + 1) * stride];
-                    assert!(gap.iter().all(|&byte| byte == 0xcd), "wrote beyond the row");
-                }
-            }
-        }
-    }
-}
-
-#[test]
 fn what_binary16_cannot_hold_is_held_to_its_largest_and_an_infinity_is_not_hidden() {
     // Weights of 127 and codes of 255 at scale 1: columns of ±32,385 · 64.
     let (k, n) = (64, PANEL);
@@ -254,142 +222,6 @@ fn what_binary16_cannot_hold_is_held_to_its_largest_and_an_infinity_is_not_hidde
             set.quantize(Block { data: &block, n_rows: 1, n }, 0..1, &mut to);
             let value = scales[0].low + scales[0].scale * f32::from(codes[0]);
             assert!(value.is_nan(), "{}: a row with {odd} reads {value}", set.name());
-        }
-    }
-}
-
-/// Ranges that are taken along give the codes that looking for them afterwards gives.
-#[test]
-fn activated_rows_are_quantized_within_their_ranges() {
-    for n in [1, 5, 16, 63, 64, 65, 77, 128, 384] {
-        let n_rows = 5;
-        let values = floats(&mut rng(n as u64), n_rows * n, 3.0);
-        let stride = code_stride(n);
-        for set in sets() {
-            for kind in [Nonlinearity::Gelu, Nonlinearity::GeluTanh, Nonlinearity::Relu, Nonlinearity::Tanh] {
-                let codes_of = |along: bool| {
-                    let mut block = to_block(&values, n);
-                    let mut ranges = vec![RowRange::EMPTY; n_rows];
-                    for (panel, part) in block.chunks_exact_mut(n_rows * PANEL).enumerate() {
-                        if along {
-                            set.activate_rows(kind, part, PANEL.min(n - panel * PANEL), &mut ranges);
-                        } else {
-                            set.activate(kind, part);
-                        }
-                    }
-                    let mut codes = vec![0u8; n_rows * stride];
-                    let mut scales = vec![RowScale::default(); n_rows];
-                    let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: None };
-                    let block = Block { data: &block, n_rows, n };
-                    if along {
-                        set.quantize_within(block, &ranges, &mut to);
-                    } else {
-                        set.quantize(block, 0..n_rows, &mut to);
-                    }
-                    (codes, scales)
-                };
-                assert_eq!(codes_of(true), codes_of(false), "{} {kind:?} width {n}", set.name());
-            }
-        }
-    }
-}
-
-/// Every row gets the given scale; what lies outside is clipped, also what is no number.
-#[test]
-fn a_fixed_range_clips_what_lies_outside_of_it() {
-    let range = RowScale { scale: 3.0 / 255.0, low: -1.0 };
-    let expected = |value: f32| ((value - range.low) * (1.0 / range.scale)).clamp(0.0, 255.0).round_ties_even();
-    for n in [1, 15, 64, 77, 384] {
-        let mut values = floats(&mut rng(n as u64), 4 * n, 6.0);
-        values[0] = f32::INFINITY;
-        values[n] = -1e30;
-        let block = to_block(&values, n);
-        let stride = code_stride(n);
-        let ones = vec![1.0; n];
-        for set in sets() {
-            let (mut codes, mut scales) = (vec![0u8; 4 * stride], vec![RowScale::default(); 4]);
-            let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: Some(range) };
-            set.quantize(Block { data: &block, n_rows: 4, n }, 0..4, &mut to);
-            let rows = values.chunks(n).zip(codes.chunks(stride));
-            for (value, code) in rows.flat_map(|(values, codes)| values.iter().zip(codes)) {
-                assert!((f32::from(*code) - expected(*value)).abs() <= 1.0, "{}: {code} for {value}", set.name());
-            }
-            assert!(scales.iter().all(|scale| (scale.scale - range.scale).abs() < 1e-8 && scale.low == range.low));
-            assert_eq!((codes[0], codes[stride]), (255, 0), "{}", set.name());
-
-            // The same of a LayerNorm's result.
-            let mut rows: Vec<f32> = floats(&mut rng(n as u64 + 1), 4 * n, 6.0);
-            let norm = Norm { gain: &ones, bias: &ones, eps: 1e-5 };
-            let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: Some(range) };
-            set.add_norm(None, &mut rows, norm, &mut to);
-            let rows = rows.chunks(n).zip(codes.chunks(stride));
-            for (value, code) in rows.flat_map(|(values, codes)| values.iter().zip(codes)) {
-                assert!((f32::from(*code) - expected(*value)).abs() <= 1.0, "{}: {code} for {value}", set.name());
-            }
-        }
-    }
-}
-
-#[test]
-fn residual_and_norm_are_within_the_stated_error() {
-    for n in [1, 5, 16, 60, 64, 72, 100, 384, 768] {
-        let mut rng = rng(n as u64);
-        let n_rows = 3;
-        let add = floats(&mut rng, n_rows * n, 4.0);
-        let residual = floats(&mut rng, n_rows * n, 2.0);
-        let gain: Vec<f32> = floats(&mut rng, n, 1.0).iter().map(|x| 1.0 + x / 2.0).collect();
-        let bias = floats(&mut rng, n, 0.5);
-        let block = to_block(&add, n);
-        let norm = Norm { gain: &gain, bias: &bias, eps: 1e-5 };
-        let stride = code_stride(n);
-        for set in sets() {
-            for with_block in [true, false] {
-                let mut rows = residual.clone();
-                let mut codes = vec![0u8; n_rows * stride];
-                let mut scales = vec![RowScale::default(); n_rows];
-                let mut to = CodeRowsMut { codes: &mut codes, stride, scales: &mut scales, range: None };
-                let block = with_block.then_some((Block { data: &block, n_rows, n }, 0..n_rows));
-                set.add_norm(block, &mut rows, norm, &mut to);
-                for row in 0..n_rows {
-                    let at = row * n..(row + 1) * n;
-                    let sum = residual[at.clone()].iter().zip(&add[at.clone()]);
-                    let sum: Vec<f64> = sum.map(|(&r, &a)| f64::from(if with_block { r + a } else { r })).collect();
-                    let expected = reference::layer_norm(&sum, &gain, &bias, 1e-5);
-                    let largest = expected.iter().fold(1.0f64, |max, value| max.max(value.abs()));
-                    for (got, want) in rows[at.clone()].iter().zip(&expected) {
-                        let error = (f64::from(*got) - want).abs();
-                        assert!(error < 2e-6 * largest, "{} width {n}: {got} for {want}", set.name());
-                    }
-                    let (scale, expected) = reference::quantize(&rows[at]);
-                    assert_eq!(scales[row], scale, "{} width {n}", set.name());
-                    assert_eq!(&codes[row * stride..row * stride + n], expected, "{} width {n}", set.name());
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn embedding_rows_are_added_and_rows_are_reduced() {
-    for n in [1, 7, 16, 33, 384] {
-        let mut rng = rng(n as u64);
-        let codes: Vec<i8> = (0..n).map(|_| rng.random()).collect();
-        let start = floats(&mut rng, n, 1.0);
-        let rows = floats(&mut rng, 9 * n, 2.0);
-        for set in sets() {
-            let mut row = start.clone();
-            set.add_codes(&mut row, &codes, 0.037);
-            for c in 0..n {
-                let want = f64::from(start[c]) + 0.037f32 as f64 * f64::from(codes[c]);
-                assert!((f64::from(row[c]) - want).abs() < 1e-6, "{}", set.name());
-            }
-            for kind in [Reduction::Max, Reduction::Sum { factor: 1.0 / 9.0 }] {
-                let mut out = vec![0.0f32; n];
-                set.reduce(kind, &rows, &mut out);
-                for (got, want) in out.iter().zip(reference::reduce(kind, &rows, n)) {
-                    assert!((f64::from(*got) - want).abs() < 2e-6, "{} {kind:?}: {got} for {want}", set.name());
-                }
-            }
         }
     }
 }

@@ -12,6 +12,7 @@ mod factors;
 mod lanes;
 mod plain;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use self::attend::Plan;
@@ -21,9 +22,9 @@ use super::int8_tables::Int8Tables;
 use super::workspace::{Buffer, Workspace};
 use crate::kernels::attention::Heads;
 use crate::kernels::forms::PackedMatrix;
-use crate::kernels::layout::{CodeRows, PANEL, RowRange, RowScale, block_index, code_stride};
+use crate::kernels::layout::{CodeRows, PANEL, RowScale, RowSums, RowTop, block_index, code_stride};
 use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat};
-use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity, Norm, Reduction, half_to_f32};
+use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity, Norm, Reduction, Stream, half_to_f32};
 use crate::model::{Activation, Architecture, AttentionSpec, Band, ForwardMemory, ModelError, Ops, Pooling, Ragged};
 
 /// Most rows of a thread's block ([`KernelSet::block_rows`]): at 1,536 columns of f32 it takes 0.4 MB of the L2 cache.
@@ -125,7 +126,7 @@ enum Int8Error {
 }
 
 impl Codes {
-    fn view(&self, rows: std::ops::Range<usize>) -> CodeRows<'_> {
+    fn view(&self, rows: Range<usize>) -> CodeRows<'_> {
         CodeRows {
             codes: &self.codes[rows.start * self.stride..],
             stride: self.stride,
@@ -226,7 +227,7 @@ impl Int8 {
     }
 
     /// `x Wᵀ + b` of a few rows, columns split over threads; a block of all rows.
-    fn columns(&mut self, packed: &PackedMatrix, x: &Codes, n_rows: usize, then: Option<Nonlinearity>) -> Buffer<f32> {
+    fn columns(&mut self, packed: &PackedMatrix, x: &Codes, n_rows: usize) -> Buffer<f32> {
         let Self { kernels, cores, seat, workspace, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
@@ -237,9 +238,6 @@ impl Int8 {
             let x = lane.middle.widen(kernels, packed, x.view(0..n_rows));
             for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                 kernels.product_f32(&x, packed, panel, out);
-                if let Some(then) = then {
-                    kernels.activate(then, out);
-                }
             }
         });
         block
@@ -288,7 +286,7 @@ impl Int8 {
         let n = linear.layer.n_out();
         let mut to = self.codes(n_rows, n);
         let stride = to.stride;
-        let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, x, n_rows, Some(then)));
+        let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, x, n_rows));
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
@@ -297,20 +295,20 @@ impl Int8 {
             let rows = cut.rows(index);
             let mut to = CodeRowsMut { codes, stride, scales, range: linear.out_range };
             if let Some(block) = &columns {
-                kernels.quantize(Block { data: block, n_rows, n }, rows, &mut to);
+                kernels.quantize_activated(Block { data: block, n_rows, n }, rows, then, None, &mut to);
                 return;
             }
             let mut lane = lanes.of(lane);
             let Lane { block, middle, .. } = &mut *lane;
             let (x, packed) = middle.enter(kernels, &linear.layer, x.view(rows.clone()));
             let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
-            let mut ranges = [RowRange::EMPTY; BLOCK_ROWS];
-            let ranges = &mut ranges[..rows.len()];
+            let mut tops = [RowTop::EMPTY; BLOCK_ROWS];
+            let tops = &mut tops[..rows.len()];
             for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-                kernels.product_f32(&x, packed, panel, out);
-                kernels.activate_rows(then, out, PANEL.min(n - panel * PANEL), ranges);
+                kernels.product_topped(&x, packed, panel, tops, out);
             }
-            kernels.quantize_within(Block { data: block, n_rows: rows.len(), n }, ranges, &mut to);
+            let block = Block { data: block, n_rows: rows.len(), n };
+            kernels.quantize_activated(block, 0..rows.len(), then, Some(tops), &mut to);
         });
         to
     }
@@ -328,6 +326,20 @@ fn column_cut(n_panels: usize, n_cores: usize) -> Cut<'static> {
     let whole = n_panels.div_ceil(n_cores).max(1);
     let half = n_panels.div_ceil(2 * n_cores).max(1);
     Cut::Even { n_rows: n_panels, block: if load(half) <= load(whole) { half } else { whole } }
+}
+
+/// LayerNorm of rows of the residual stream and those of `block`, if there is one.
+fn add_norm(
+    kernels: &KernelSet,
+    block: Option<(Block<'_>, Range<usize>)>,
+    rows: &mut [f32],
+    norm: &Int8Norm,
+    to: &mut CodeRowsMut<'_>,
+) {
+    let mut sums = [RowSums::EMPTY; BLOCK_ROWS];
+    let mut stream = Stream { rows, n: norm.gain.len(), sums: &mut sums[..to.scales.len()] };
+    kernels.add(block, &mut stream);
+    kernels.normalize(&mut stream, norm.view(), to);
 }
 
 fn nonlinearity(activation: Activation) -> Option<Nonlinearity> {
@@ -369,7 +381,7 @@ impl Ops for Int8 {
             let mut lane = lanes.of(lane);
             tables.sum(kernels, batch, cut.rows(index).start, rows, &mut lane.gather);
             let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
-            kernels.add_norm(None, rows, norm.view(), &mut to);
+            add_norm(kernels, None, rows, norm, &mut to);
         });
         Ok(Int8Act { n_rows, n: d_model, form: Form::Stream { rows, codes } })
     }
@@ -419,7 +431,7 @@ impl Ops for Int8 {
                 return self.refuse(Int8Error::Width { verb: "linear_add_norm", expected, got });
             }
         }
-        let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, input, n_rows, None));
+        let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, input, n_rows));
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let stride = codes.stride;
@@ -433,18 +445,19 @@ impl Ops for Int8 {
             let rows = cut.rows(index);
             let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
             if let Some(block) = &columns {
-                kernels.add_norm(Some((Block { data: block, n_rows, n }, rows)), residual, norm.view(), &mut to);
+                add_norm(kernels, Some((Block { data: block, n_rows, n }, rows)), residual, norm, &mut to);
                 return;
             }
             let mut lane = lanes.of(lane);
             let Lane { block, middle, .. } = &mut *lane;
             let (x, packed) = middle.enter(kernels, &linear.layer, input.view(rows.clone()));
-            let block = block.first::<f32>(packed.n_panels() * rows.len() * PANEL);
-            for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-                kernels.product_f32(&x, packed, panel, out);
+            let room = block.first::<f32>(rows.len() * PANEL);
+            let mut sums = [RowSums::EMPTY; BLOCK_ROWS];
+            let mut stream = Stream { rows: residual, n, sums: &mut sums[..rows.len()] };
+            for panel in 0..packed.n_panels() {
+                kernels.product_add(&x, packed, panel, &mut stream, room);
             }
-            let block = Block { data: block, n_rows: rows.len(), n };
-            kernels.add_norm(Some((block, 0..rows.len())), residual, norm.view(), &mut to);
+            kernels.normalize(&mut stream, norm.view(), &mut to);
         });
         Ok(Int8Act { n_rows, n, form: Form::Stream { rows, codes } })
     }

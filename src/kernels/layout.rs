@@ -41,17 +41,27 @@ pub struct PanelColumns {
     pub sum: [i32; PANEL],
 }
 
-/// The smallest and largest values of a row so far, by the lane that they stood in.
+/// The largest value of a row so far, by the lane that it stood in.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub struct RowRange {
-    pub(super) low: [f32; 16],
-    pub(super) high: [f32; 16],
+pub struct RowTop(pub(super) [f32; 16]);
+
+impl RowTop {
+    /// That of no values.
+    pub const EMPTY: Self = Self([f32::NEG_INFINITY; 16]);
 }
 
-impl RowRange {
-    /// That of no values.
-    pub const EMPTY: Self = Self { low: [f32::INFINITY; 16], high: [f32::NEG_INFINITY; 16] };
+/// The sum of a row's values so far and that of their squares, by the lane that they stood in.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub struct RowSums {
+    pub(super) sum: [f32; 16],
+    pub(super) square: [f32; 16],
+}
+
+impl RowSums {
+    /// Those of no values.
+    pub const EMPTY: Self = Self { sum: [0.0; 16], square: [0.0; 16] };
 }
 
 #[derive(Debug, Clone, Copy)]

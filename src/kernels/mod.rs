@@ -15,7 +15,7 @@ mod place;
 pub mod reference;
 pub mod threads;
 
-pub use arch::{Block, CodeRowsMut, KernelSet, Norm};
+pub use arch::{Block, CodeRowsMut, KernelSet, Norm, Stream};
 pub use attention::AttentionForm;
 pub use dense::dense;
 pub use half::{f32_to_half, half_to_f32};

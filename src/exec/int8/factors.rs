@@ -4,7 +4,7 @@ use super::{BLOCK_ROWS, Buffer, Codes, Int8, RowParts, row_cut};
 use crate::exec::workspace::Aligned;
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, code_stride};
-use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity};
+use crate::kernels::{Block, CodeRowsMut, KernelSet};
 use crate::quant::PackedLayer;
 
 /// Room for what a block of rows needs before its product: what is between two factors, and codes in the kernels' own form.
@@ -86,7 +86,7 @@ impl Int8 {
     pub(super) fn middle(&mut self, layer: &PackedLayer, x: &Codes, n_rows: usize) -> Option<Codes> {
         let PackedLayer::Factors { down, .. } = layer else { return None };
         let rank = down.n_out();
-        let block = self.columns(down, x, n_rows, None);
+        let block = self.columns(down, x, n_rows);
         let mut to = self.codes(n_rows, rank);
         let stride = to.stride;
         let Self { kernels, cores, seat, .. } = self;
@@ -101,14 +101,8 @@ impl Int8 {
     }
 
     /// `x Wᵀ + b` of a few rows, columns split over threads; a block of all rows.
-    pub(super) fn layer_columns(
-        &mut self,
-        layer: &PackedLayer,
-        x: &Codes,
-        n_rows: usize,
-        then: Option<Nonlinearity>,
-    ) -> Buffer<f32> {
+    pub(super) fn layer_columns(&mut self, layer: &PackedLayer, x: &Codes, n_rows: usize) -> Buffer<f32> {
         let middle = self.middle(layer, x, n_rows);
-        self.columns(layer.last(), middle.as_ref().unwrap_or(x), n_rows, then)
+        self.columns(layer.last(), middle.as_ref().unwrap_or(x), n_rows)
     }
 }

@@ -3,7 +3,6 @@
 
 use super::simd::{Simd, exp2};
 use crate::kernels::Nonlinearity;
-use crate::kernels::layout::{PANEL, RowRange};
 
 /// Coefficients of [`gelu`], highest power first.
 const GELU: [f32; 10] = [
@@ -138,7 +137,7 @@ unsafe fn gelu<S: Simd>(x: S::F) -> S::F {
     // SAFETY: the instruction set is present by contract.
     unsafe {
         if S::PICKS {
-            return gelu_by_pieces::<S>(x);
+            return gelu_by_pieces::<S, 1>([x])[0];
         }
         let c = S::max(S::min(x, S::splat(GELU_REACH)), S::splat(-GELU_REACH));
         let u = S::fma(S::mul(c, c), S::splat(2.0 / (GELU_REACH * GELU_REACH)), S::splat(-1.0));
@@ -159,17 +158,37 @@ unsafe fn gelu<S: Simd>(x: S::F) -> S::F {
 /// which is `½(x + |x|)`, begins).
 /// *Source*: minimax fits of `|x| (Φ(|x|) − ½)`, an even function, on 31 pieces.
 #[inline(always)]
-unsafe fn gelu_by_pieces<S: Simd>(x: S::F) -> S::F {
+unsafe fn gelu_by_pieces<S: Simd, const N: usize>(x: [S::F; N]) -> [S::F; N] {
     // SAFETY: the instruction set is present by contract.
     unsafe {
         // Beyond 2^23 a float's last bits are an integer.
         let integer = 8_388_608.0;
-        let a = S::abs(x);
-        let piece = S::min(S::fma(a, S::splat(30.5 / GELU_REACH), S::splat(integer)), S::splat(integer + 31.0));
+        let (mut a, mut piece, mut y) = (x, x, x);
+        for i in 0..N {
+            a[i] = S::abs(x[i]);
+        }
+        for i in 0..N {
+            piece[i] = S::fma(a[i], S::splat(30.5 / GELU_REACH), S::splat(integer));
+        }
+        for i in 0..N {
+            piece[i] = S::min(piece[i], S::splat(integer + 31.0));
+        }
         // Not in a closure: it would not have the target features.
         let (c0, c1, c2) = (&GELU_PIECES[0], &GELU_PIECES[1], &GELU_PIECES[2]);
-        let slope = S::fma(S::pick(c2, piece), a, S::pick(c1, piece));
-        S::fma(slope, a, S::fma(x, S::splat(0.5), S::pick(c0, piece)))
+        let mut slope = x;
+        for i in 0..N {
+            slope[i] = S::pick(c2, piece[i]);
+        }
+        for i in 0..N {
+            slope[i] = S::fma(slope[i], a[i], S::pick(c1, piece[i]));
+        }
+        for i in 0..N {
+            y[i] = S::fma(x[i], S::splat(0.5), S::pick(c0, piece[i]));
+        }
+        for i in 0..N {
+            y[i] = S::fma(slope[i], a[i], y[i]);
+        }
+        y
     }
 }
 
@@ -212,8 +231,10 @@ unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
     }
 }
 
+/// # Safety
+/// As for [`Simd`].
 #[inline(always)]
-unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
+pub(super) unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
     // SAFETY: the instruction set is present by contract.
     unsafe {
         match kind {
@@ -222,6 +243,21 @@ unsafe fn apply<S: Simd>(kind: Nonlinearity, x: S::F) -> S::F {
             Nonlinearity::Relu => S::max(x, S::splat(0.0)),
             Nonlinearity::Tanh => tanh::<S>(x),
         }
+    }
+}
+
+/// [`apply`] to four vectors, step by step: each waits for its own last step alone.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn apply_four<S: Simd>(kind: Nonlinearity, x: [S::F; 4]) -> [S::F; 4] {
+    // SAFETY: the instruction set is present by contract.
+    unsafe {
+        if kind == Nonlinearity::Gelu && S::PICKS {
+            return gelu_by_pieces::<S, 4>(x);
+        }
+        [apply::<S>(kind, x[0]), apply::<S>(kind, x[1]), apply::<S>(kind, x[2]), apply::<S>(kind, x[3])]
     }
 }
 
@@ -236,6 +272,7 @@ macro_rules! by_kind {
         }
     };
 }
+pub(super) use by_kind;
 
 #[inline(always)]
 unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
@@ -254,60 +291,33 @@ unsafe fn activate_as<S: Simd>(kind: Nonlinearity, values: *mut f32, n: usize) {
     }
 }
 
-#[inline(always)]
-unsafe fn activate_rows_as<S: Simd>(
-    kind: Nonlinearity,
-    values: *mut f32,
-    n_rows: usize,
-    n: usize,
-    ranges: *mut RowRange,
-) {
-    // SAFETY: `values` is `[n_rows, PANEL]` with `n ≤ PANEL`, and there are `n_rows` ranges, by contract.
-    unsafe {
-        let fours = n / (4 * S::LANES) * (4 * S::LANES);
-        for row in 0..n_rows {
-            let (values, range) = (values.add(row * PANEL), ranges.add(row));
-            let (lowest, highest) = ((*range).low.as_mut_ptr(), (*range).high.as_mut_ptr());
-            let (mut low, mut high) = (S::load(lowest), S::load(highest));
-            let mut i = 0;
-            while i < fours {
-                let mut y = [S::splat(0.0); 4];
-                for j in 0..4 {
-                    y[j] = apply::<S>(kind, S::load(values.add(i + j * S::LANES)));
-                }
-                for j in 0..4 {
-                    S::store(values.add(i + j * S::LANES), y[j]);
-                }
-                // As a tree, so that a row's extremes wait for one operation instead of four.
-                low = S::min(low, S::min(S::min(y[0], y[1]), S::min(y[2], y[3])));
-                high = S::max(high, S::max(S::max(y[0], y[1]), S::max(y[2], y[3])));
-                i += 4 * S::LANES;
-            }
-            while i < n {
-                let rest = S::LANES.min(n - i);
-                let y = apply::<S>(kind, S::load_some(values.add(i), rest, 0.0));
-                S::store_some(values.add(i), rest, y);
-                low = S::min(low, S::load_some(values.add(i), rest, f32::INFINITY));
-                high = S::max(high, S::load_some(values.add(i), rest, f32::NEG_INFINITY));
-                i += rest;
-            }
-            S::store(lowest, low);
-            S::store(highest, high);
-        }
+/// The least value of the function.
+pub(super) const fn floor(kind: Nonlinearity) -> f32 {
+    match kind {
+        // At −0.7517915 and −0.7524614.
+        Nonlinearity::Gelu => -0.169_971_2,
+        Nonlinearity::GeluTanh => -0.170_040_8,
+        Nonlinearity::Relu => 0.0,
+        Nonlinearity::Tanh => -1.0,
     }
 }
 
-/// `values[r, i] = f(values[r, i])` for `i < n`, and what becomes of the rows' ranges by it.
+/// What the function is at most of numbers up to each of `tops`; of a top that is not finite, no number.
+///
+/// # Safety
+/// As for [`Simd`].
 #[inline(always)]
-pub(super) unsafe fn activate_rows<S: Simd>(
-    kind: Nonlinearity,
-    values: *mut f32,
-    n_rows: usize,
-    n: usize,
-    ranges: *mut RowRange,
-) {
-    // SAFETY: passed on unchanged.
-    unsafe { by_kind!(kind, activate_rows_as::<S>(values, n_rows, n, ranges)) }
+pub(super) unsafe fn ceilings<S: Simd>(kind: Nonlinearity, tops: [f32; 4]) -> [f32; 4] {
+    let mut lanes = [0.0f32; 16];
+    lanes[..4].copy_from_slice(&tops);
+    // SAFETY: the instruction set is present by contract; a vector has at least 4 lanes, and at most 16.
+    unsafe { S::store(lanes.as_mut_ptr(), apply::<S>(kind, S::load(lanes.as_ptr()))) }
+    std::array::from_fn(|i| match kind {
+        _ if !tops[i].is_finite() => f32::NAN,
+        Nonlinearity::Tanh => lanes[i],
+        // Below 0 they come near to it on the far side of the least value.
+        Nonlinearity::Gelu | Nonlinearity::GeluTanh | Nonlinearity::Relu => lanes[i].max(0.0),
+    })
 }
 
 /// `values[i] = f(values[i])` for `i < n`.

@@ -399,6 +399,9 @@ pub(super) static TABLE: Table = Table {
     gemm_i32: gemm::<i32>,
     gemm_f32: gemm::<f32>,
     gemm_half: gemm::<u16>,
+    // Its sums come from memory, in halves of a panel's rows.
+    gemm_topped: None,
+    gemm_added: None,
     attention: Forms {
         tables: &[
             avx512::TABLE.attention.tables[0],

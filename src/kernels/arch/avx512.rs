@@ -12,13 +12,15 @@ use super::attend::wide;
 use super::avx2::{halves, reduce_fours};
 use super::codebook::Codebook;
 use super::dot_x86::Avx512Vnni;
-use super::gemm::{Gemm, Sink, row_starts, row_tiles};
+use super::ends::{Added, PanelEnd, Topped};
+use super::gemm::{Gemm, row_starts, row_tiles};
+use super::pieces;
+use super::rows::Quantize;
 use super::simd::Simd;
-use super::table::{kernel_table, one};
-use super::tile::put;
-use crate::kernels::AttentionForm;
+use super::table::{Table, kernel_table, one};
 use crate::kernels::forms::PAIR;
 use crate::kernels::layout::PANEL;
+use crate::kernels::{AttentionForm, Nonlinearity};
 
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
@@ -69,6 +71,7 @@ macro_rules! wide_halves {
 unsafe impl Simd for Avx512 {
     const LANES: usize = 16;
     const PICKS: bool = true;
+    const SATURATES: bool = true;
     type F = __m512;
     type I = __m512i;
 
@@ -79,6 +82,12 @@ unsafe impl Simd for Avx512 {
         fn load_half(from: *const u16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
         fn store_half(to: *mut u16, x: __m512) =
             _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        // Half of the last place is added, and what is behind it cut off: then nothing rounds to infinity.
+        fn store_held_half(to: *mut u16, x: __m512) = {
+            let half = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x1000));
+            let cut = _mm512_cvtps_ph::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(_mm512_castsi512_ps(half));
+            _mm256_storeu_si256(to.cast(), cut);
+        };
         fn load_s8(from: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
         fn store_u8(to: *mut u8, x: __m512i) = _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x));
         fn store_four_u8(to: *mut u8, x: [__m512i; 4]) =
@@ -124,16 +133,18 @@ unsafe impl Simd for Avx512 {
 /// of the next panel are asked for, starting at line `line`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 #[inline(never)]
-unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, line: usize) {
+unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, line: usize) {
     // SAFETY: the rows are inside `codes` and `out`, the panel holds `k_groups` groups (the façade's checks); prefetching
     // touches nothing.
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); 4]; R];
         let codes = row_starts::<R>(gemm.codes.add(row * gemm.stride), gemm.stride);
         // What the results will be written over is fetched while they are computed.
-        let out: *const i8 = gemm.out.add(row * PANEL).cast();
-        for line in 0..R * PANEL * size_of::<T>() / 64 {
-            _mm_prefetch::<_MM_HINT_T0>(out.add(line * 64));
+        for r in 0..R {
+            let out: *const i8 = gemm.out.add((row + r) * gemm.out_stride).cast();
+            for line in 0..PANEL * size_of::<T>() / 64 {
+                _mm_prefetch::<_MM_HINT_T0>(out.add(line * 64));
+            }
         }
         for group in 0..gemm.k_groups {
             let weights = gemm.weights.add(group * 256);
@@ -149,13 +160,13 @@ unsafe fn tile<T: Sink, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, r
                 _mm_prefetch::<_MM_HINT_T0>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
             }
         }
-        put::<Avx512Vnni, T, R, 4>(gemm, row, 0, &sums);
+        T::end::<Avx512Vnni, R>(gemm, row, &sums);
     }
 }
 
 /// [`tile`] of `n_rows` rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn tile_of<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, n_rows: usize, line: usize) {
+unsafe fn tile_of<T: PanelEnd, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, n_rows: usize, line: usize) {
     // SAFETY: passed on.
     unsafe {
         match n_rows {
@@ -172,7 +183,7 @@ unsafe fn tile_of<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, n_
 
 /// All tiles; the first ones ask for `PREFETCH` of the next panel's lines each, until all four of a group are asked for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
+unsafe fn tiles<T: PanelEnd, const PREFETCH: usize>(gemm: &Gemm<T>) {
     for (index, (row, n_rows)) in row_tiles(gemm.n_rows, 6).enumerate() {
         let line = index * PREFETCH;
         // SAFETY: passed on; the rows are below `n_rows`.
@@ -188,7 +199,7 @@ unsafe fn tiles<T: Sink, const PREFETCH: usize>(gemm: &Gemm<T>) {
 
 /// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, its cache lines spread over the first row tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+pub(super) unsafe fn gemm<T: PanelEnd>(gemm: &Gemm<T>) {
     // SAFETY: passed on unchanged.
     unsafe {
         match gemm.n_rows.div_ceil(6) {
@@ -243,21 +254,41 @@ pub(super) unsafe fn decode<T>(args: &Codebook<T>, to: *mut i8) {
     }
 }
 
-kernel_table! {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-    "gemm_u8i8_avx512_vnni", gemm, Avx512, 64,
-    Forms {
-        // `cargo bench --bench attention` on Zen 4: bytes take 0.4 to 0.6 of the time of f32, words 0.7 to 0.9.
-        preferred: &[AttentionForm::Int8, AttentionForm::Int16],
-        tables: &[
-            attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] F32<Avx512>, 8, 2, 1),
-            attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Words<Avx512, Vnni>, 8, 2, 1),
-            AttentionTable {
-                scratch: full::scratch,
-                pack: wide::pack,
-                attend: full::attend::<Avx512Tiles>,
-                ..attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Bytes<Avx512, Vnni>, 8, 2, 1)
-            },
-        ],
+/// The kernels whose results are stored as they are.
+mod stored {
+    use super::*;
+
+    kernel_table! {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+        "gemm_u8i8_avx512_vnni", gemm, Avx512, 64,
+        Forms {
+            // `cargo bench --bench attention` on Zen 4: bytes take 0.4 to 0.6 of the time of f32, words 0.7 to 0.9.
+            preferred: &[AttentionForm::Int8, AttentionForm::Int16],
+            tables: &[
+                attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] F32<Avx512>, 8, 2, 1),
+                attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Words<Avx512, Vnni>, 8, 2, 1),
+                AttentionTable {
+                    scratch: full::scratch,
+                    pack: wide::pack,
+                    attend: full::attend::<Avx512Tiles>,
+                    ..attention!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")] Bytes<Avx512, Vnni>, 8, 2, 1)
+                },
+            ],
+        }
     }
 }
+
+/// Codes of rows: those that go through GELU first have a way of their own.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn quantize(args: &Quantize) {
+    // SAFETY: passed on unchanged.
+    unsafe {
+        match (args.then, args.range) {
+            (Some(kind @ (Nonlinearity::Gelu | Nonlinearity::GeluTanh)), None) => pieces::quantize(kind, args),
+            _ => (stored::TABLE.quantize)(args),
+        }
+    }
+}
+
+pub(super) static TABLE: Table =
+    Table { quantize, gemm_topped: Some(gemm::<Topped>), gemm_added: Some(gemm::<Added>), ..stored::TABLE };

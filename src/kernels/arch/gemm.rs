@@ -2,7 +2,7 @@
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
 use super::simd::Simd;
-use crate::kernels::layout::{PANEL, PanelColumns, RowScale};
+use crate::kernels::layout::{PANEL, PanelColumns, RowScale, RowSums, RowTop};
 
 /// `n_rows` rows of codes times one panel of weights.
 pub(super) struct Gemm<T> {
@@ -21,8 +21,18 @@ pub(super) struct Gemm<T> {
     pub(super) weights: *const i8,
     pub(super) k_groups: usize,
     pub(super) columns: *const PanelColumns,
-    /// `[n_rows, PANEL]`.
+    /// `[n_rows, PANEL]`, or rows `out_stride` apart where that is another number.
     pub(super) out: *mut T,
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "AVX-512 alone has results that are not a panel's")
+    )]
+    pub(super) out_stride: usize,
+    /// What is taken along of each row of results by those that do; else null.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
+    pub(super) tops: *mut RowTop,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
+    pub(super) sums: *mut RowSums,
     /// The panel that will be needed next, or null.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX-512 alone asks for it ahead"))]
     pub(super) next: *const i8,
@@ -80,9 +90,6 @@ pub(super) unsafe fn value<S: Simd>(row: RowScale, product: S::F, offset: S::F, 
     unsafe { S::fma(product, S::splat(row.scale), S::fma(S::splat(row.low), offset, bias)) }
 }
 
-/// The largest number of binary16.
-const LARGEST_HALF: f32 = 65_504.0;
-
 /// What values are kept as.
 pub(super) trait ValueSink: Copy {
     /// # Safety
@@ -103,11 +110,7 @@ impl ValueSink for u16 {
     #[inline(always)]
     unsafe fn store<S: Simd>(to: *mut Self, x: S::F) {
         // SAFETY: passed on.
-        unsafe {
-            // Of two operands of which one is no number, x86 takes the second: what is no number stays none.
-            let held = S::min(S::splat(LARGEST_HALF), S::max(S::splat(-LARGEST_HALF), x));
-            S::store_half(to, held);
-        }
+        unsafe { S::store_held_half(to, x) }
     }
 }
 

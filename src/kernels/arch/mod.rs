@@ -9,10 +9,14 @@ mod blocks;
 mod codebook;
 pub(super) mod detect;
 mod dot;
+mod ends;
 mod gemm;
 mod groups;
 mod norm;
+mod passes;
 pub(super) mod peak;
+#[cfg(target_arch = "x86_64")]
+mod pieces;
 mod products;
 mod rows;
 mod simd;
@@ -35,15 +39,12 @@ use std::ops::Range;
 
 pub use self::attend::Attention;
 use self::gemm::Gemm;
-use self::norm::AddNorm;
 use self::products::{Forms, forms};
-use self::rows::Quantize;
 use self::table::Table;
 use super::attention::{AttentionForm, Heads};
 use super::forms::PackedMatrix;
 use super::isa::{Isa, IsaName};
-use super::layout::{CodeRows, PANEL, PackedLinear, RowRange, RowScale, rows_fit};
-use super::{Nonlinearity, Reduction};
+use super::layout::{CodeRows, PANEL, PackedLinear, RowScale, RowSums, rows_fit};
 
 /// Kernels of one instruction set, chosen once and passed to whoever computes.
 #[derive(Clone, Copy)]
@@ -95,6 +96,31 @@ pub struct CodeRowsMut<'a> {
     /// The range of all rows where it was fixed beforehand, values outside of it being clipped; otherwise each row has the
     /// range of its values.
     pub range: Option<RowScale>,
+}
+
+/// Rows of the residual stream.
+#[derive(Debug)]
+pub struct Stream<'a> {
+    /// `[sums.len(), n]`.
+    pub rows: &'a mut [f32],
+    /// Columns.
+    pub n: usize,
+    /// What has been added to each row, summed up.
+    pub sums: &'a mut [RowSums],
+}
+
+impl Stream<'_> {
+    /// The number of rows.
+    fn check(&self) -> usize {
+        let n_rows = self.sums.len();
+        assert!(
+            rows_fit(self.rows.len(), n_rows, self.n, self.n),
+            "{n_rows} rows of {} in {}",
+            self.n,
+            self.rows.len()
+        );
+        n_rows
+    }
 }
 
 impl Block<'_> {
@@ -227,13 +253,12 @@ impl KernelSet {
     }
 
     fn gemm<T>(kernel: unsafe fn(&Gemm<T>), x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [T]) {
-        let (n_rows, k_groups) = (x.scales.len(), weights.k_groups());
+        let n_rows = x.scales.len();
         if n_rows == 0 {
             return;
         }
-        let args = products::arguments(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out);
-        let next = if panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
-        let args = Gemm { k_groups, next, ..args };
+        assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
+        let args = products::arguments_to(x, weights, panel, out.as_mut_ptr());
         // SAFETY: `Isa` proves the instruction set; rows, panel and results are inside their slices, checked above.
         unsafe { kernel(&args) }
     }
@@ -260,128 +285,5 @@ impl KernelSet {
     /// If the sizes do not fit.
     pub fn gemm_half(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [u16]) {
         Self::gemm(self.table.gemm_half, x, weights, panel, out);
-    }
-
-    /// `values[i] = f(values[i])`.
-    pub fn activate(&self, kind: Nonlinearity, values: &mut [f32]) {
-        // SAFETY: `Isa` proves the instruction set; pointer and length are one slice's.
-        unsafe { (self.table.activate)(kind, values.as_mut_ptr(), values.len()) }
-    }
-
-    /// `values[r, c] = f(values[r, c])` for the first `n` columns of a block of one panel, and takes the results into `ranges`, one
-    /// per row.
-    ///
-    /// # Panics
-    /// If the sizes do not fit.
-    pub fn activate_rows(&self, kind: Nonlinearity, values: &mut [f32], n: usize, ranges: &mut [RowRange]) {
-        assert!(n <= PANEL && values.len() == ranges.len() * PANEL, "{} ranges for {}", ranges.len(), values.len());
-        // SAFETY: `Isa` proves the instruction set; sizes are checked above.
-        unsafe {
-            (self.table.activate_rows)(kind, values.as_mut_ptr(), ranges.len(), n, ranges.as_mut_ptr());
-        }
-    }
-
-    /// Codes of rows `rows` of `block`, with a step and a minimum per row.
-    ///
-    /// ```text
-    /// low = min_c x[c], scale = (max_c x[c] − low) / 255, code[c] = round((x[c] − low) / scale)
-    /// ```
-    /// *Error*: half a step; with a fixed range, what is clipped besides.
-    ///
-    /// # Panics
-    /// If the sizes do not fit.
-    pub fn quantize(&self, block: Block<'_>, rows: Range<usize>, to: &mut CodeRowsMut<'_>) {
-        self.quantize_with(block, rows, std::ptr::null(), to);
-    }
-
-    /// The same of all rows, whose ranges are known ([`KernelSet::activate_rows`]).
-    ///
-    /// # Panics
-    /// If the sizes do not fit.
-    pub fn quantize_within(&self, block: Block<'_>, ranges: &[RowRange], to: &mut CodeRowsMut<'_>) {
-        assert_eq!(ranges.len(), block.n_rows);
-        self.quantize_with(block, 0..block.n_rows, ranges.as_ptr(), to);
-    }
-
-    fn quantize_with(&self, block: Block<'_>, rows: Range<usize>, ranges: *const RowRange, to: &mut CodeRowsMut<'_>) {
-        block.check(&rows);
-        to.check(rows.len(), block.n);
-        let args = Quantize {
-            block: block.data.as_ptr(),
-            n_rows: block.n_rows,
-            n: block.n,
-            rows,
-            codes: to.codes.as_mut_ptr(),
-            stride: to.stride,
-            scales: to.scales.as_mut_ptr(),
-            range: to.range,
-            ranges,
-        };
-        // SAFETY: `Isa` proves the instruction set; sizes are checked above.
-        unsafe { (self.table.quantize)(&args) }
-    }
-
-    /// `residual = LayerNorm(residual + block)` for rows `rows` of `block` (or without block), and its codes.
-    ///
-    /// The variance is taken around the mean in a second pass. *Error*: 2e-6 relative to the row's largest result.
-    ///
-    /// # Panics
-    /// If the sizes do not fit.
-    pub fn add_norm(
-        &self,
-        block: Option<(Block<'_>, Range<usize>)>,
-        residual: &mut [f32],
-        norm: Norm<'_>,
-        to: &mut CodeRowsMut<'_>,
-    ) {
-        let n = norm.gain.len();
-        assert!(n > 0 && norm.bias.len() == n && residual.len().is_multiple_of(n), "{} by {n}", residual.len());
-        let n_residual = residual.len() / n;
-        let (data, n_rows, rows) = match block {
-            Some((block, rows)) => {
-                block.check(&rows);
-                assert!(block.n == n && rows.len() == n_residual, "{rows:?} of {} for {n_residual} rows", block.n);
-                (block.data.as_ptr(), block.n_rows, rows)
-            }
-            None => (std::ptr::null(), 0, 0..n_residual),
-        };
-        to.check(n_residual, n);
-        let args = AddNorm {
-            block: data,
-            n_rows,
-            n,
-            rows,
-            residual: residual.as_mut_ptr(),
-            gain: norm.gain.as_ptr(),
-            bias: norm.bias.as_ptr(),
-            eps: norm.eps,
-            codes: to.codes.as_mut_ptr(),
-            stride: to.stride,
-            scales: to.scales.as_mut_ptr(),
-            range: to.range,
-        };
-        // SAFETY: `Isa` proves the instruction set; sizes are checked above.
-        unsafe { (self.table.add_norm)(&args) }
-    }
-
-    /// `row[c] += scale · codes[c]`.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn add_codes(&self, row: &mut [f32], codes: &[i8], scale: f32) {
-        assert_eq!(row.len(), codes.len());
-        // SAFETY: `Isa` proves the instruction set; both slices have the same length.
-        unsafe { (self.table.add_codes)(row.as_mut_ptr(), codes.as_ptr(), scale, row.len()) }
-    }
-
-    /// Reduces `rows: [n_rows, out.len()]` to one row, in order.
-    ///
-    /// # Panics
-    /// If there is no row or the sizes do not fit.
-    pub fn reduce(&self, kind: Reduction, rows: &[f32], out: &mut [f32]) {
-        let n = out.len();
-        assert!(n > 0 && !rows.is_empty() && rows.len().is_multiple_of(n), "{} by {n}", rows.len());
-        // SAFETY: `Isa` proves the instruction set; `rows` holds at least one row of `n`.
-        unsafe { (self.table.reduce)(kind, rows.as_ptr(), rows.len() / n, n, out.as_mut_ptr()) }
     }
 }

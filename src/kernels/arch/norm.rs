@@ -1,21 +1,33 @@
-//! The residual stream's pass, written once over [`Simd`] and instantiated per instruction set: addition, LayerNorm, codes.
+//! The residual stream's passes, written once over [`Simd`] and instantiated per instruction set: addition, LayerNorm, codes.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
-use std::ops::Range;
-
-use super::rows::{TOGETHER, code_run, in_fours, steps};
+use super::rows::{FAR, NOT, TOGETHER, code_run, in_fours, steps};
 use super::simd::Simd;
-use crate::kernels::layout::{PANEL, RowScale};
+use crate::kernels::layout::{PANEL, RowScale, RowSums};
 
-/// Rows `rows` of a block (or none) to be added to a residual, normalised and turned into codes.
-pub(super) struct AddNorm {
-    /// Null when there is nothing to add.
+/// `n_rows` rows of a block, or nothing, to be added to columns of the residual stream.
+pub(super) struct Add {
+    /// The first row in the block's first panel, or null; those of the next panels lie `panel` floats further.
     pub(super) block: *const f32,
+    pub(super) panel: usize,
+    pub(super) n_rows: usize,
+    /// The first column, a panel's first, of the first row; rows are `stride` apart.
+    pub(super) stream: *mut f32,
+    pub(super) stride: usize,
+    /// Columns that are taken.
+    pub(super) width: usize,
+    /// One per row: takes the results along.
+    pub(super) sums: *mut RowSums,
+}
+
+/// Rows of the residual stream to be normalised and turned into codes.
+pub(super) struct Normalize {
     pub(super) n_rows: usize,
     pub(super) n: usize,
-    pub(super) rows: Range<usize>,
-    /// First row's residual, `[rows.len(), n]`; receives the result.
-    pub(super) residual: *mut f32,
+    /// `[n_rows, n]`; receives the result.
+    pub(super) stream: *mut f32,
+    /// The sums of each row.
+    pub(super) sums: *const RowSums,
     pub(super) gain: *const f32,
     pub(super) bias: *const f32,
     pub(super) eps: f32,
@@ -25,6 +37,64 @@ pub(super) struct AddNorm {
     pub(super) range: Option<RowScale>,
 }
 
+/// Takes four vectors, as they lie side by side, into the sums of their row. Whoever adds up rows does it by this, so that the sums are
+/// the same bits whatever the rows come from.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn take<S: Simd>(sums: *mut RowSums, x: [S::F; 4]) {
+    // SAFETY: the instruction set is present, and there are sums, by contract.
+    unsafe {
+        let [a, b, c, d] = x;
+        let (sum, square) = ((*sums).sum.as_mut_ptr(), (*sums).square.as_mut_ptr());
+        S::store(sum, S::add(S::load(sum), S::add(S::add(a, b), S::add(c, d))));
+        // As a tree, so that a row's sums wait for one addition instead of four.
+        let squares = S::add(S::fma(b, b, S::mul(a, a)), S::fma(d, d, S::mul(c, c)));
+        S::store(square, S::add(S::load(square), squares));
+    }
+}
+
+/// `stream += block`, if there is a block, and the sums of what results.
+#[inline(always)]
+pub(super) unsafe fn add<S: Simd>(args: &Add) {
+    // SAFETY: rows, sums and the block's panels are there (the façade's checks).
+    unsafe {
+        for row in 0..args.n_rows {
+            let (stream, sums) = (args.stream.add(row * args.stride), args.sums.add(row));
+            for column in (0..args.width).step_by(PANEL) {
+                let from = args.block.wrapping_add(column / PANEL * args.panel + row * PANEL);
+                let (x, width) = (stream.add(column), PANEL.min(args.width - column));
+                let mut i = 0;
+                while i + 4 * S::LANES <= width {
+                    let mut values = [S::splat(0.0); 4];
+                    for j in 0..4 {
+                        let at = i + j * S::LANES;
+                        values[j] = S::load(x.add(at));
+                        if !args.block.is_null() {
+                            values[j] = S::add(values[j], S::load(from.add(at)));
+                            S::store(x.add(at), values[j]);
+                        }
+                    }
+                    take::<S>(sums, values);
+                    i += 4 * S::LANES;
+                }
+                while i < width {
+                    let rest = S::LANES.min(width - i);
+                    let mut value = S::load_some(x.add(i), rest, 0.0);
+                    if !args.block.is_null() {
+                        value = S::add(value, S::load_some(from.add(i), rest, 0.0));
+                        S::store_some(x.add(i), rest, value);
+                    }
+                    let none = S::splat(0.0);
+                    take::<S>(sums, [value, none, none, none]);
+                    i += rest;
+                }
+            }
+        }
+    }
+}
+
 /// Four sums, each of which waits for its own last addition alone.
 #[inline(always)]
 unsafe fn total<S: Simd>(sums: [S::F; 4]) -> S::F {
@@ -32,55 +102,9 @@ unsafe fn total<S: Simd>(sums: [S::F; 4]) -> S::F {
     unsafe { S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])) }
 }
 
-/// Adds `R` rows of a block to `x`, if there is a block, and returns the sums of what results, by lane. `block` is the first row in
-/// the block's first panel, those of the next panels lie `stride` floats apart.
-#[inline(always)]
-unsafe fn add<S: Simd, const R: usize>(x: *mut f32, block: *const f32, stride: usize, n: usize) -> [S::F; TOGETHER] {
-    // SAFETY: `x` holds `R` rows of `n`, and so does the block.
-    unsafe {
-        let mut sums = [[S::splat(0.0); 4]; R];
-        let mut from = block;
-        for column in (0..n).step_by(PANEL) {
-            let width = PANEL.min(n - column);
-            for r in 0..R {
-                let (x, from) = (x.add(r * n + column), from.wrapping_add(r * PANEL));
-                let mut i = 0;
-                while i + 4 * S::LANES <= width {
-                    for j in 0..4 {
-                        let at = i + j * S::LANES;
-                        let mut value = S::load(x.add(at));
-                        if !block.is_null() {
-                            value = S::add(value, S::load(from.add(at)));
-                            S::store(x.add(at), value);
-                        }
-                        sums[r][j] = S::add(sums[r][j], value);
-                    }
-                    i += 4 * S::LANES;
-                }
-                while i < width {
-                    let rest = S::LANES.min(width - i);
-                    let mut value = S::load_some(x.add(i), rest, 0.0);
-                    if !block.is_null() {
-                        value = S::add(value, S::load_some(from.add(i), rest, 0.0));
-                        S::store_some(x.add(i), rest, value);
-                    }
-                    sums[r][0] = S::add(sums[r][0], value);
-                    i += rest;
-                }
-            }
-            from = from.wrapping_add(stride);
-        }
-        let mut totals = [S::splat(0.0); TOGETHER];
-        for r in 0..R {
-            totals[r] = total::<S>(sums[r]);
-        }
-        totals
-    }
-}
-
 /// `Σ (x − mean)²`, by lane.
 #[inline(always)]
-unsafe fn squares<S: Simd>(x: *const f32, n: usize, mean: f32) -> S::F {
+unsafe fn squares_around<S: Simd>(x: *const f32, n: usize, mean: f32) -> S::F {
     // SAFETY: `x` holds `n`.
     unsafe {
         let mut sums = [S::splat(0.0); 4];
@@ -105,7 +129,7 @@ unsafe fn squares<S: Simd>(x: *const f32, n: usize, mean: f32) -> S::F {
 
 /// `x = (x − mean) · inverse · gain + bias`; returns the range of what results, by lane.
 #[inline(always)]
-unsafe fn scale<S: Simd>(args: &AddNorm, x: *mut f32, mean: f32, inverse: f32) -> (S::F, S::F) {
+unsafe fn scale<S: Simd>(args: &Normalize, x: *mut f32, mean: f32, inverse: f32) -> (S::F, S::F) {
     // SAFETY: `x`, gain and bias hold `n`.
     unsafe {
         let (mut low, mut high) = ([S::splat(f32::INFINITY); 4], [S::splat(f32::NEG_INFINITY); 4]);
@@ -136,25 +160,31 @@ unsafe fn scale<S: Simd>(args: &AddNorm, x: *mut f32, mean: f32, inverse: f32) -
     }
 }
 
-/// [`add_norm`] of the `R` rows from the one at `first` of `args.rows` on.
+/// [`normalize`] of the `R` rows from `first` on.
 #[inline(always)]
-unsafe fn rows<S: Simd, const R: usize, const CLIP: bool>(args: &AddNorm, first: usize) {
-    // SAFETY: the rows are there, sizes as in `add_norm`.
+unsafe fn rows<S: Simd, const R: usize, const BEYOND: u8>(args: &Normalize, first: usize) {
+    // SAFETY: the rows are there, sizes as in `normalize`.
     unsafe {
         let n = args.n;
         #[allow(clippy::cast_precision_loss, reason = "widths are at most 65,536")]
         let inverse_n = 1.0 / n as f32;
-        let x = args.residual.add(first * n);
-        let block = match args.block.is_null() {
-            true => args.block,
-            false => args.block.add((args.rows.start + first) * PANEL),
-        };
-        let mut parts = add::<S, R>(x, block, args.n_rows * PANEL, n);
-        let means = S::sums(parts).map(|sum| sum * inverse_n);
+        let x = args.stream.add(first * n);
+        let (mut sums, mut squares) = ([S::splat(0.0); TOGETHER], [S::splat(0.0); TOGETHER]);
         for r in 0..R {
-            parts[r] = squares::<S>(x.add(r * n), n, means[r]);
+            let of_row = &*args.sums.add(first + r);
+            (sums[r], squares[r]) = (S::load(of_row.sum.as_ptr()), S::load(of_row.square.as_ptr()));
         }
-        let inverses = S::sums(parts).map(|square| 1.0 / (square * inverse_n + args.eps).sqrt());
+        let means = S::sums(sums).map(|sum| sum * inverse_n);
+        let mut inverses = S::sums(squares);
+        for r in 0..R {
+            let mean = means[r];
+            let mut variance = inverses[r] * inverse_n - mean * mean;
+            // The difference of two large numbers has lost what matters of them.
+            if variance < mean * mean {
+                variance = S::sum(squares_around::<S>(x.add(r * n), n, mean)) * inverse_n;
+            }
+            inverses[r] = 1.0 / (variance + args.eps).sqrt();
+        }
         let (mut low, mut high) = ([S::splat(0.0); TOGETHER], [S::splat(0.0); TOGETHER]);
         for r in 0..R {
             (low[r], high[r]) = scale::<S>(args, x.add(r * n), means[r], inverses[r]);
@@ -163,21 +193,22 @@ unsafe fn rows<S: Simd, const R: usize, const CLIP: bool>(args: &AddNorm, first:
         for r in 0..R {
             *args.scales.add(first + r) = by[r].0;
             let to = args.codes.add((first + r) * args.stride);
-            code_run::<S, CLIP>(x.add(r * n), n, to, S::splat(by[r].0.low), S::splat(by[r].1));
+            code_run::<S, BEYOND>(None, x.add(r * n), n, to, S::splat(by[r].0.low), S::splat(by[r].1));
         }
     }
 }
 
-/// `x = residual + block`, `y = (x − mean) / √(var + eps) · gain + bias`, codes of y; per row. The sums of a few rows are reduced
-/// together.
+/// `y = (x − mean) / √(var + eps) · gain + bias` and codes of y, per row. The sums of a few rows are reduced together.
+///
+/// The variance is that of the sums, `Σx² / n − mean²`, unless the mean is larger than the deviation: then it is taken around the
+/// mean in a pass of its own.
 #[inline(always)]
-pub(super) unsafe fn add_norm<S: Simd>(args: &AddNorm) {
-    // SAFETY: the block, if there is one, holds `rows` in ⌈n / PANEL⌉ panels of `n_rows` rows; `residual`, codes and scales hold
-    // `rows`, `gain` and `bias` hold `n` (the façade's checks).
+pub(super) unsafe fn normalize<S: Simd>(args: &Normalize) {
+    // SAFETY: stream, sums, codes and scales hold `n_rows`, `gain` and `bias` hold `n` (the façade's checks).
     unsafe {
         match args.range {
-            None => in_fours!(args.rows.len(), |first| rows::<S, false>(args, first)),
-            Some(_) => in_fours!(args.rows.len(), |first| rows::<S, true>(args, first)),
+            None => in_fours!(args.n_rows, |first| rows::<S, NOT>(args, first)),
+            Some(_) => in_fours!(args.n_rows, |first| rows::<S, FAR>(args, first)),
         }
     }
 }

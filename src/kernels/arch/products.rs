@@ -9,7 +9,7 @@ use super::gemm::Gemm;
 use super::groups::Groups;
 use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix, PanelGroups};
 use crate::kernels::isa::IsaName;
-use crate::kernels::layout::{CodeRows, PANEL, PanelColumns, rows_fit};
+use crate::kernels::layout::{CodeRows, PANEL, PackedLinear, PanelColumns, rows_fit};
 
 /// By how large the weights are: within ±32, within ±64, any.
 type BySize<T> = [unsafe fn(&Codebook<T>); 3];
@@ -276,18 +276,24 @@ pub(super) fn forms(isa: IsaName) -> &'static Forms {
     }
 }
 
-/// The arguments that all forms share. `k` is how many codes of a row are read.
-pub(super) fn arguments<T>(
-    x: &CodeRows<'_>,
-    k: usize,
-    weights: *const i8,
-    columns: &PanelColumns,
-    out: &mut [T],
-) -> Gemm<T> {
+/// The arguments of a dense product with a panel. It is the caller who knows how much `out` holds.
+pub(super) fn arguments_to<T>(x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: *mut T) -> Gemm<T> {
+    let k_groups = weights.k_groups();
+    let next = if panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
+    Gemm { k_groups, next, ..shared(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out) }
+}
+
+/// The arguments that all forms share, results in a block of a panel. `k` is how many codes of a row are read.
+fn arguments<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumns, out: &mut [T]) -> Gemm<T> {
+    let n_rows = x.scales.len();
+    assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
+    shared(x, k, weights, columns, out.as_mut_ptr())
+}
+
+fn shared<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumns, out: *mut T) -> Gemm<T> {
     let n_rows = x.scales.len();
     assert!(rows_fit(x.codes.len(), n_rows, x.stride, k), "{n_rows} rows of {k} codes");
     assert!(x.wide.is_empty() || rows_fit(x.wide.len(), n_rows, x.stride, k), "{n_rows} rows of {k} wide codes");
-    assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
     Gemm {
         codes: x.codes.as_ptr(),
         stride: x.stride,
@@ -298,7 +304,10 @@ pub(super) fn arguments<T>(
         weights,
         k_groups: 0,
         columns: std::ptr::from_ref(columns),
-        out: out.as_mut_ptr(),
+        out,
+        out_stride: PANEL,
+        tops: std::ptr::null_mut(),
+        sums: std::ptr::null_mut(),
         next: std::ptr::null(),
     }
 }

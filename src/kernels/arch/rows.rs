@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
+use super::activations::{apply, apply_four, by_kind, ceilings, floor};
 use super::simd::Simd;
-use crate::kernels::Reduction;
-use crate::kernels::layout::{PANEL, RowRange, RowScale};
+use crate::kernels::layout::{PANEL, RowScale, RowTop};
+use crate::kernels::{Nonlinearity, Reduction};
 
 /// Rows `rows` of a block of `n_rows` rows in panels, `n` columns wide, to be turned into codes.
 pub(super) struct Quantize {
@@ -19,8 +20,10 @@ pub(super) struct Quantize {
     pub(super) scales: *mut RowScale,
     /// The range of all rows, where it was fixed beforehand.
     pub(super) range: Option<RowScale>,
-    /// The range of each row of `rows`, where it is known; else null.
-    pub(super) ranges: *const RowRange,
+    /// What the numbers go through first.
+    pub(super) then: Option<Nonlinearity>,
+    /// The largest number of each row of `rows` before that, where it is known; else null.
+    pub(super) tops: *const RowTop,
 }
 
 /// The step and its inverse for a row between `low` and `high`.
@@ -34,29 +37,35 @@ fn step(low: f32, high: f32) -> (RowScale, f32) {
     (RowScale { scale: if inverse > 0.0 { range / 255.0 } else { 0.0 }, low }, inverse)
 }
 
-/// The code of `x`.
+/// How far numbers may lie beyond the range that they are coded in: not at all, by the error of the function that they went through,
+/// by any amount.
+pub(super) const NOT: u8 = 0;
+pub(super) const BARELY: u8 = 1;
+pub(super) const FAR: u8 = 2;
+
+/// The code of `x`, held to what a byte holds if `clip`.
 #[inline(always)]
-unsafe fn code<S: Simd, const CLIP: bool>(x: S::F, low: S::F, inverse: S::F) -> S::I {
+unsafe fn code<S: Simd>(x: S::F, low: S::F, inverse: S::F, clip: bool) -> S::I {
     // SAFETY: the instruction set is present by contract.
     unsafe {
         let code = S::mul(S::sub(x, low), inverse);
-        S::round(if CLIP { S::min(S::max(code, S::splat(0.0)), S::splat(255.0)) } else { code })
+        S::round(if clip { S::min(S::max(code, S::splat(0.0)), S::splat(255.0)) } else { code })
     }
 }
 
 /// Rows whose sums and ranges are reduced together, so that they do not wait for one another.
 pub(super) const TOGETHER: usize = 4;
 
-/// `$f::<$simd, R, $clip>` of `$n` rows, [`TOGETHER`] at a time as long as there are so many.
+/// `$f::<$simd, R, $beyond>` of `$n` rows, [`TOGETHER`] at a time as long as there are so many.
 macro_rules! in_fours {
-    ($n:expr, |$first:ident| $f:ident::<$simd:ident, $clip:literal>($args:expr, $at:ident)) => {{
+    ($n:expr, |$first:ident| $f:ident::<$simd:ident, $beyond:ident>($($arg:expr),+)) => {{
         let (n, mut $first) = ($n, 0);
         while n - $first >= TOGETHER {
-            $f::<$simd, TOGETHER, $clip>($args, $at);
+            $f::<$simd, TOGETHER, $beyond>($($arg),+);
             $first += TOGETHER;
         }
         while $first < n {
-            $f::<$simd, 1, $clip>($args, $at);
+            $f::<$simd, 1, $beyond>($($arg),+);
             $first += 1;
         }
     }};
@@ -76,9 +85,10 @@ pub(super) fn steps(
     })
 }
 
-/// Codes of `n` numbers that lie side by side, less `low`, times `inverse`. `CLIP` if some may be outside of the range.
+/// Codes of `n` numbers that lie side by side, activated, less `low`, times `inverse`.
 #[inline(always)]
-pub(super) unsafe fn code_run<S: Simd, const CLIP: bool>(
+pub(super) unsafe fn code_run<S: Simd, const BEYOND: u8>(
+    then: Option<Nonlinearity>,
     from: *const f32,
     n: usize,
     to: *mut u8,
@@ -89,65 +99,160 @@ pub(super) unsafe fn code_run<S: Simd, const CLIP: bool>(
     unsafe {
         let mut i = 0;
         while i + 4 * S::LANES <= n {
-            let mut codes = [code::<S, CLIP>(S::load(from.add(i)), low, inverse); 4];
+            let mut values = four::<S>(from.add(i));
+            if let Some(kind) = then {
+                values = apply_four::<S>(kind, values);
+            }
+            let clip = BEYOND == FAR || BEYOND == BARELY && !S::SATURATES;
+            let mut codes = [code::<S>(values[0], low, inverse, clip); 4];
             for j in 1..4 {
-                codes[j] = code::<S, CLIP>(S::load(from.add(i + j * S::LANES)), low, inverse);
+                codes[j] = code::<S>(values[j], low, inverse, clip);
             }
             S::store_four_u8(to.add(i), codes);
             i += 4 * S::LANES;
         }
-        while i + S::LANES <= n {
-            S::store_u8(to.add(i), code::<S, CLIP>(S::load(from.add(i)), low, inverse));
-            i += S::LANES;
-        }
-        if i < n {
-            let x = S::load_some(from.add(i), n - i, 0.0);
-            S::store_some_u8(to.add(i), n - i, code::<S, CLIP>(x, low, inverse));
+        while i < n {
+            let rest = S::LANES.min(n - i);
+            let mut x = S::load_some(from.add(i), rest, 0.0);
+            if let Some(kind) = then {
+                x = apply::<S>(kind, x);
+            }
+            let code = code::<S>(x, low, inverse, BEYOND != NOT);
+            if rest == S::LANES {
+                S::store_u8(to.add(i), code);
+            } else {
+                S::store_some_u8(to.add(i), rest, code);
+            }
+            i += rest;
         }
     }
 }
 
-/// The range of a row of a block, by lane.
+/// The range of row `first` of `args.rows`, by lane.
 #[inline(always)]
-unsafe fn range_of<S: Simd>(args: &Quantize, row: usize) -> (S::F, S::F) {
+unsafe fn range_of<S: Simd>(args: &Quantize, first: usize) -> (S::F, S::F) {
     // SAFETY: the row is one of the block's.
     unsafe {
         let (mut low, mut high) = (S::splat(f32::INFINITY), S::splat(f32::NEG_INFINITY));
         for column in (0..args.n).step_by(PANEL) {
-            let from = args.block.add((column / PANEL * args.n_rows + row) * PANEL);
+            let from = args.block.add((column / PANEL * args.n_rows + args.rows.start + first) * PANEL);
             let width = PANEL.min(args.n - column);
             let mut i = 0;
-            while i + S::LANES <= width {
-                let x = S::load(from.add(i));
-                low = S::min(low, x);
-                high = S::max(high, x);
-                i += S::LANES;
+            while i + 4 * S::LANES <= width {
+                let x = four::<S>(from.add(i));
+                // As a tree, so that a row's extremes wait for one operation instead of four.
+                low = S::min(low, S::min(S::min(x[0], x[1]), S::min(x[2], x[3])));
+                high = S::max(high, S::max(S::max(x[0], x[1]), S::max(x[2], x[3])));
+                i += 4 * S::LANES;
             }
-            if i < width {
-                low = S::min(low, S::load_some(from.add(i), width - i, f32::INFINITY));
-                high = S::max(high, S::load_some(from.add(i), width - i, f32::NEG_INFINITY));
+            while i < width {
+                let rest = S::LANES.min(width - i);
+                low = S::min(low, S::load_some(from.add(i), rest, f32::INFINITY));
+                high = S::max(high, S::load_some(from.add(i), rest, f32::NEG_INFINITY));
+                i += rest;
             }
         }
         (low, high)
     }
 }
 
-/// [`quantize`] of the `R` rows from the one at `first` of `args.rows` on.
+/// Four vectors that lie side by side.
+///
+/// # Safety
+/// As for [`Simd`].
 #[inline(always)]
-unsafe fn quantize_rows<S: Simd, const R: usize, const CLIP: bool>(args: &Quantize, first: usize) {
+pub(super) unsafe fn four<S: Simd>(from: *const f32) -> [S::F; 4] {
+    // SAFETY: `from` is valid for four vectors by contract.
+    unsafe {
+        [S::load(from), S::load(from.add(S::LANES)), S::load(from.add(2 * S::LANES)), S::load(from.add(3 * S::LANES))]
+    }
+}
+
+/// Takes four vectors into the top of their row.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn rise<S: Simd>(top: *mut RowTop, x: [S::F; 4]) {
+    // SAFETY: the instruction set is present, and there is a top, by contract.
+    unsafe {
+        let [a, b, c, d] = x;
+        let top = (*top).0.as_mut_ptr();
+        S::store(top, S::max(S::load(top), S::max(S::max(a, b), S::max(c, d))));
+    }
+}
+
+/// Takes the first `n` columns of rows of a panel into the rows' tops.
+#[inline(always)]
+pub(super) unsafe fn tops<S: Simd>(values: *const f32, n_rows: usize, n: usize, tops: *mut RowTop) {
+    // SAFETY: `values` is `[n_rows, PANEL]` with `n ≤ PANEL`, and there are `n_rows` tops, by contract.
+    unsafe {
+        for row in 0..n_rows {
+            let (values, top) = (values.add(row * PANEL), tops.add(row));
+            let mut i = 0;
+            while i + 4 * S::LANES <= n {
+                rise::<S>(top, four::<S>(values.add(i)));
+                i += 4 * S::LANES;
+            }
+            let none = S::splat(f32::NEG_INFINITY);
+            while i < n {
+                let rest = S::LANES.min(n - i);
+                rise::<S>(top, [S::load_some(values.add(i), rest, f32::NEG_INFINITY), none, none, none]);
+                i += rest;
+            }
+        }
+    }
+}
+
+/// The largest number of row `first` of `args.rows`, by lane.
+///
+/// # Safety
+/// As for [`Simd`]; the row must be there.
+#[inline(always)]
+pub(super) unsafe fn top_of<S: Simd>(args: &Quantize, first: usize) -> S::F {
+    // SAFETY: the row is one of the block's; there is a top for each, if any.
+    unsafe {
+        if args.tops.is_null() {
+            let mut top = RowTop::EMPTY;
+            for column in (0..args.n).step_by(PANEL) {
+                let from = args.block.add((column / PANEL * args.n_rows + args.rows.start + first) * PANEL);
+                tops::<S>(from, 1, PANEL.min(args.n - column), &raw mut top);
+            }
+            return S::load(top.0.as_ptr());
+        }
+        S::load((*args.tops.add(first)).0.as_ptr())
+    }
+}
+
+/// [`quantize`] of the `R` rows from the one at `first` of `args.rows` on.
+///
+/// # Safety
+/// As for [`quantize`].
+#[inline(always)]
+pub(super) unsafe fn quantize_rows<S: Simd, const R: usize, const BEYOND: u8>(
+    then: Option<Nonlinearity>,
+    args: &Quantize,
+    first: usize,
+) {
     // SAFETY: the rows are there, sizes as in `quantize`.
     unsafe {
         let row = args.rows.start + first;
         let (mut low, mut high) = ([S::splat(0.0); TOGETHER], [S::splat(0.0); TOGETHER]);
-        for r in 0..R {
-            if !args.ranges.is_null() {
-                let range = &*args.ranges.add(first + r);
-                (low[r], high[r]) = (S::load(range.low.as_ptr()), S::load(range.high.as_ptr()));
-            } else if !CLIP {
-                (low[r], high[r]) = range_of::<S>(args, row + r);
+        let by = match (args.range, then) {
+            (Some(_), _) => steps([0.0; TOGETHER], [0.0; TOGETHER], args.range),
+            (None, None) => {
+                for r in 0..R {
+                    (low[r], high[r]) = range_of::<S>(args, first + r);
+                }
+                steps(S::lowests(low), S::highests(high), None)
             }
-        }
-        let by = steps(S::lowests(low), S::highests(high), args.range);
+            (None, Some(kind)) => {
+                for r in 0..R {
+                    high[r] = top_of::<S>(args, first + r);
+                }
+                steps([floor(kind); TOGETHER], ceilings::<S>(kind, S::highests(high)), None)
+            }
+        };
         let mut inverse = [S::splat(0.0); R];
         for r in 0..R {
             *args.scales.add(first + r) = by[r].0;
@@ -160,20 +265,36 @@ unsafe fn quantize_rows<S: Simd, const R: usize, const CLIP: bool>(args: &Quanti
             let width = PANEL.min(args.n - column);
             for r in 0..R {
                 let to = to.add(r * args.stride + column);
-                code_run::<S, CLIP>(from.add(r * PANEL), width, to, low[r], inverse[r]);
+                code_run::<S, BEYOND>(then, from.add(r * PANEL), width, to, low[r], inverse[r]);
             }
         }
     }
 }
 
-/// `code[c] = round((x[c] − min) · 255 / (max − min))` per row, or the same in a fixed range.
+/// [`quantize`] of numbers that are activated first. Results may lie beyond their range by the error of the function.
 #[inline(always)]
-pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
-    // SAFETY: the block holds `n_rows` rows of ⌈n / PANEL⌉ panels, codes and scales hold `rows` (the façade's checks).
+unsafe fn quantize_activated<S: Simd>(kind: Nonlinearity, args: &Quantize) {
+    let (then, n_rows) = (Some(kind), args.rows.len());
+    // SAFETY: as in `quantize`.
     unsafe {
         match args.range {
-            None => in_fours!(args.rows.len(), |first| quantize_rows::<S, false>(args, first)),
-            Some(_) => in_fours!(args.rows.len(), |first| quantize_rows::<S, true>(args, first)),
+            None => in_fours!(n_rows, |first| quantize_rows::<S, BARELY>(then, args, first)),
+            Some(_) => in_fours!(n_rows, |first| quantize_rows::<S, FAR>(then, args, first)),
+        }
+    }
+}
+
+/// `code[c] = round((x[c] − min) · 255 / (max − min))` per row, or the same in a fixed range; of what becomes of numbers that are
+/// activated first.
+#[inline(always)]
+pub(super) unsafe fn quantize<S: Simd>(args: &Quantize) {
+    let n_rows = args.rows.len();
+    // SAFETY: the block holds `n_rows` rows of ⌈n / PANEL⌉ panels, codes and scales hold `rows` (the façade's checks).
+    unsafe {
+        match (args.then, args.range) {
+            (Some(kind), _) => by_kind!(kind, quantize_activated::<S>(args)),
+            (None, None) => in_fours!(n_rows, |first| quantize_rows::<S, NOT>(None, args, first)),
+            (None, Some(_)) => in_fours!(n_rows, |first| quantize_rows::<S, FAR>(None, args, first)),
         }
     }
 }

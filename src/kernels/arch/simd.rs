@@ -5,6 +5,9 @@
 
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
+/// The largest number of binary16.
+const LARGEST_HALF: f32 = 65_504.0;
+
 /// A vector instruction set.
 ///
 /// # Safety
@@ -25,9 +28,21 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn load_half(from: *const u16) -> Self::F;
     /// Writes IEEE binary16, rounding to nearest even.
     unsafe fn store_half(to: *mut u16, x: Self::F);
+    /// Writes IEEE binary16, rounding to nearest; finite numbers beyond its own are held to the largest.
+    #[inline(always)]
+    unsafe fn store_held_half(to: *mut u16, x: Self::F) {
+        // SAFETY: passed on.
+        unsafe {
+            // Of two operands of which one is no number, x86 takes the second: what is no number stays none.
+            let held = Self::min(Self::splat(LARGEST_HALF), Self::max(Self::splat(-LARGEST_HALF), x));
+            Self::store_half(to, held);
+        }
+    }
     unsafe fn load_s8(from: *const i8) -> Self::F;
     /// Writes the low byte of each lane; lanes must be in 0..=255.
     unsafe fn store_u8(to: *mut u8, x: Self::I);
+    /// Whether [`Simd::store_four_u8`] takes what is below 0 for 0 and what is above 255 for 255.
+    const SATURATES: bool = false;
     /// [`Simd::store_u8`] of four vectors, one behind the other.
     #[inline(always)]
     unsafe fn store_four_u8(to: *mut u8, x: [Self::I; 4]) {

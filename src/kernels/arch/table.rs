@@ -1,10 +1,11 @@
 //! One function pointer per kernel, and the macros that instantiate the generic bodies for an instruction set.
 
 use super::attend::table::Forms;
+use super::ends::{Added, Topped};
 use super::gemm::Gemm;
-use super::norm::AddNorm;
+use super::norm::{Add, Normalize};
 use super::rows::Quantize;
-use crate::kernels::layout::RowRange;
+use crate::kernels::layout::RowTop;
 use crate::kernels::{Nonlinearity, Reduction};
 
 /// The kernels of an instruction set. Each is `unsafe`, because it needs the instruction set and valid pointers.
@@ -17,10 +18,14 @@ pub(super) struct Table {
     pub(super) gemm_i32: unsafe fn(&Gemm<i32>),
     pub(super) gemm_f32: unsafe fn(&Gemm<f32>),
     pub(super) gemm_half: unsafe fn(&Gemm<u16>),
+    /// Products of whole panels whose values go on before they are stored, where there are any.
+    pub(super) gemm_topped: Option<unsafe fn(&Gemm<Topped>)>,
+    pub(super) gemm_added: Option<unsafe fn(&Gemm<Added>)>,
     pub(super) activate: unsafe fn(Nonlinearity, *mut f32, usize),
-    pub(super) activate_rows: unsafe fn(Nonlinearity, *mut f32, usize, usize, *mut RowRange),
+    pub(super) tops: unsafe fn(*const f32, usize, usize, *mut RowTop),
     pub(super) quantize: unsafe fn(&Quantize),
-    pub(super) add_norm: unsafe fn(&AddNorm),
+    pub(super) add: unsafe fn(&Add),
+    pub(super) normalize: unsafe fn(&Normalize),
     pub(super) add_codes: unsafe fn(*mut f32, *const i8, f32, usize),
     pub(super) reduce: unsafe fn(Reduction, *const f32, usize, usize, *mut f32),
     pub(super) attention: Forms,
@@ -45,10 +50,10 @@ macro_rules! kernel_table {
     (#[$features:meta] $name:literal, $gemm:ident, $simd:ident, $block_rows:literal, $attention:expr) => {
         pub(in crate::kernels::arch) static TABLE: $crate::kernels::arch::table::Table = {
             use $crate::kernels::arch::activations;
-            use $crate::kernels::arch::norm::{self, AddNorm};
+            use $crate::kernels::arch::norm::{self, Add, Normalize};
             use $crate::kernels::arch::rows::{self, Quantize};
             use $crate::kernels::arch::table::Table;
-            use $crate::kernels::layout::RowRange;
+            use $crate::kernels::layout::RowTop;
             use $crate::kernels::{Nonlinearity, Reduction};
 
             #[$features]
@@ -57,15 +62,9 @@ macro_rules! kernel_table {
                 unsafe { activations::activate::<$simd>(kind, values, n) }
             }
             #[$features]
-            unsafe fn activate_rows(
-                kind: Nonlinearity,
-                values: *mut f32,
-                n_rows: usize,
-                n: usize,
-                ranges: *mut RowRange,
-            ) {
+            unsafe fn tops(values: *const f32, n_rows: usize, n: usize, tops: *mut RowTop) {
                 // SAFETY: passed on unchanged.
-                unsafe { activations::activate_rows::<$simd>(kind, values, n_rows, n, ranges) }
+                unsafe { rows::tops::<$simd>(values, n_rows, n, tops) }
             }
             #[$features]
             unsafe fn quantize(args: &Quantize) {
@@ -73,9 +72,14 @@ macro_rules! kernel_table {
                 unsafe { rows::quantize::<$simd>(args) }
             }
             #[$features]
-            unsafe fn add_norm(args: &AddNorm) {
+            unsafe fn add(args: &Add) {
                 // SAFETY: passed on unchanged.
-                unsafe { norm::add_norm::<$simd>(args) }
+                unsafe { norm::add::<$simd>(args) }
+            }
+            #[$features]
+            unsafe fn normalize(args: &Normalize) {
+                // SAFETY: passed on unchanged.
+                unsafe { norm::normalize::<$simd>(args) }
             }
             #[$features]
             unsafe fn add_codes(row: *mut f32, codes: *const i8, scale: f32, n: usize) {
@@ -94,10 +98,13 @@ macro_rules! kernel_table {
                 gemm_i32: $gemm::<i32>,
                 gemm_f32: $gemm::<f32>,
                 gemm_half: $gemm::<u16>,
+                gemm_topped: None,
+                gemm_added: None,
                 activate,
-                activate_rows,
+                tops,
                 quantize,
-                add_norm,
+                add,
+                normalize,
                 add_codes,
                 reduce,
                 attention: $attention,
