@@ -3,8 +3,8 @@
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
 
 use super::dot::Dot;
-use super::gemm::{Gemm, Sink, value};
-use super::norm::take;
+use super::gemm::{Gemm, Sink, affine};
+use super::norm::Moments;
 use super::rows::rise;
 use super::simd::Simd;
 use super::tile::{Sums, put};
@@ -37,37 +37,71 @@ pub(super) struct Topped(#[allow(dead_code, reason = "written by pointer")] f32)
 #[repr(transparent)]
 pub(super) struct Added(#[allow(dead_code, reason = "written by pointer")] f32);
 
-/// What is done with a panel's values of a row.
+/// What is done with a row's values, vector by vector.
 trait RowEnd: Sized {
-    unsafe fn row<S: Simd>(gemm: &Gemm<Self>, row: usize, values: [S::F; V]);
+    /// What is kept of the vectors of a row until its last.
+    type Kept<S: Simd>: Copy;
+    /// Stores the vector at `to`, and returns what is there now.
+    unsafe fn store<S: Simd>(to: *mut f32, value: S::F) -> S::F;
+    /// Of a row's first vector.
+    unsafe fn first<S: Simd>(value: S::F) -> Self::Kept<S>;
+    /// With the next one.
+    unsafe fn next<S: Simd>(kept: Self::Kept<S>, value: S::F) -> Self::Kept<S>;
+    /// Takes what was kept of a panel into what is known of the row.
+    unsafe fn keep<S: Simd>(gemm: &Gemm<Self>, row: usize, kept: Self::Kept<S>);
 }
 
 impl RowEnd for Topped {
+    type Kept<S: Simd> = S::F;
+
     #[inline(always)]
-    unsafe fn row<S: Simd>(gemm: &Gemm<Self>, row: usize, values: [S::F; V]) {
-        // SAFETY: in range by the contract of `PanelEnd`; there is a top for each row.
-        unsafe {
-            let to: *mut f32 = gemm.out.add(row * gemm.out_stride).cast();
-            for v in 0..V {
-                S::store(to.add(v * S::LANES), values[v]);
-            }
-            rise::<S>(gemm.tops.add(row), values);
-        }
+    unsafe fn store<S: Simd>(to: *mut f32, value: S::F) -> S::F {
+        // SAFETY: in range by the contract of `PanelEnd`.
+        unsafe { S::store(to, value) };
+        value
+    }
+    #[inline(always)]
+    unsafe fn first<S: Simd>(value: S::F) -> S::F {
+        value
+    }
+    #[inline(always)]
+    unsafe fn next<S: Simd>(kept: S::F, value: S::F) -> S::F {
+        // SAFETY: the instruction set is present by contract.
+        unsafe { S::max(kept, value) }
+    }
+    #[inline(always)]
+    unsafe fn keep<S: Simd>(gemm: &Gemm<Self>, row: usize, kept: S::F) {
+        // SAFETY: there is a top for each row.
+        unsafe { rise::<S>(gemm.tops.add(row), kept) }
     }
 }
 
 impl RowEnd for Added {
+    type Kept<S: Simd> = Moments<S>;
+
     #[inline(always)]
-    unsafe fn row<S: Simd>(gemm: &Gemm<Self>, row: usize, mut values: [S::F; V]) {
-        // SAFETY: in range by the contract of `PanelEnd`; there are sums for each row.
+    unsafe fn store<S: Simd>(to: *mut f32, value: S::F) -> S::F {
+        // SAFETY: in range by the contract of `PanelEnd`.
         unsafe {
-            let to: *mut f32 = gemm.out.add(row * gemm.out_stride).cast();
-            for v in 0..V {
-                values[v] = S::add(S::load(to.add(v * S::LANES)), values[v]);
-                S::store(to.add(v * S::LANES), values[v]);
-            }
-            take::<S>(gemm.sums.add(row), values);
+            let sum = S::add(S::load(to), value);
+            S::store(to, sum);
+            sum
         }
+    }
+    #[inline(always)]
+    unsafe fn first<S: Simd>(value: S::F) -> Moments<S> {
+        // SAFETY: the instruction set is present by contract.
+        unsafe { Moments::of(value) }
+    }
+    #[inline(always)]
+    unsafe fn next<S: Simd>(kept: Moments<S>, value: S::F) -> Moments<S> {
+        // SAFETY: the instruction set is present by contract.
+        unsafe { kept.and(value) }
+    }
+    #[inline(always)]
+    unsafe fn keep<S: Simd>(gemm: &Gemm<Self>, row: usize, kept: Moments<S>) {
+        // SAFETY: there are sums for each row.
+        unsafe { kept.take(gemm.sums.add(row)) }
     }
 }
 
@@ -87,41 +121,60 @@ impl PanelEnd for Added {
     }
 }
 
-/// Row by row. Written out: a loop would keep the sums in memory.
+/// Column by column, so that what belongs to columns is read once, and what is kept of rows takes the place of sums. Written out: a
+/// loop would keep the sums in memory.
 #[inline(always)]
 unsafe fn rows<D: Dot, T: RowEnd, const R: usize>(gemm: &Gemm<T>, row: usize, sums: &Sums<D, R, V>) {
-    const { assert!(R <= 6) };
     // SAFETY: in range by the contract of `PanelEnd`.
     unsafe {
-        row_of::<D, T, R, 0>(gemm, row, sums);
-        row_of::<D, T, R, 1>(gemm, row, sums);
-        row_of::<D, T, R, 2>(gemm, row, sums);
-        row_of::<D, T, R, 3>(gemm, row, sums);
-        row_of::<D, T, R, 4>(gemm, row, sums);
-        row_of::<D, T, R, 5>(gemm, row, sums);
+        let values = values::<D, T, R, 0>(gemm, row, sums);
+        let mut kept = [T::first::<D::S>(values[0]); R];
+        for r in 1..R {
+            kept[r] = T::first::<D::S>(values[r]);
+        }
+        next::<D, T, R, 1>(gemm, row, sums, &mut kept);
+        next::<D, T, R, 2>(gemm, row, sums, &mut kept);
+        next::<D, T, R, 3>(gemm, row, sums, &mut kept);
+        for r in 0..R {
+            T::keep::<D::S>(gemm, row + r, kept[r]);
+        }
     }
 }
 
-/// Row `AT` of the tile, if it has one.
+/// What vector `AT` of each row is, once it is stored.
 #[inline(always)]
-unsafe fn row_of<D: Dot, T: RowEnd, const R: usize, const AT: usize>(
+unsafe fn values<D: Dot, T: RowEnd, const R: usize, const AT: usize>(
     gemm: &Gemm<T>,
-    first: usize,
+    row: usize,
     sums: &Sums<D, R, V>,
+) -> [<D::S as Simd>::F; R] {
+    // SAFETY: in range by the contract of `PanelEnd`.
+    unsafe {
+        let at = AT * D::S::LANES;
+        let columns = affine::<D::S, _>(gemm, at);
+        let mut values = [D::S::splat(0.0); R];
+        for r in 0..R {
+            let value = columns.value::<D::S>(*gemm.scales.add(row + r), D::finish(sums[r][AT]));
+            let to: *mut f32 = gemm.out.add((row + r) * gemm.out_stride).cast();
+            values[r] = T::store::<D::S>(to.add(at), value);
+        }
+        values
+    }
+}
+
+/// Takes vector `AT` of each row along.
+#[inline(always)]
+unsafe fn next<D: Dot, T: RowEnd, const R: usize, const AT: usize>(
+    gemm: &Gemm<T>,
+    row: usize,
+    sums: &Sums<D, R, V>,
+    kept: &mut [T::Kept<D::S>; R],
 ) {
-    if AT < R {
-        // SAFETY: in range by the contract of `PanelEnd`. Columns are read for each row: they would not all stay in registers.
-        unsafe {
-            let (columns, row) = (&*gemm.columns, *gemm.scales.add(first + AT));
-            let mut values = [D::S::splat(0.0); V];
-            for v in 0..V {
-                let at = v * D::S::LANES;
-                let product = D::S::to_float(D::finish(sums[AT][v]));
-                let product = D::S::mul(product, D::S::load(columns.scale.as_ptr().add(at)));
-                let offset = D::S::load(columns.offset.as_ptr().add(at));
-                values[v] = value::<D::S>(row, product, offset, D::S::load(columns.bias.as_ptr().add(at)));
-            }
-            T::row::<D::S>(gemm, first + AT, values);
+    // SAFETY: in range by the contract of `PanelEnd`.
+    unsafe {
+        let values = values::<D, T, R, AT>(gemm, row, sums);
+        for r in 0..R {
+            kept[r] = T::next::<D::S>(kept[r], values[r]);
         }
     }
 }

@@ -69,8 +69,22 @@ pub(super) struct Affine<F> {
     bias: F,
 }
 
+impl<F: Copy> Affine<F> {
+    /// The value of sums of a row.
+    ///
+    /// # Safety
+    /// As for [`Simd`].
+    #[inline(always)]
+    pub(super) unsafe fn value<S: Simd<F = F>>(self, row: RowScale, sums: S::I) -> F {
+        // SAFETY: the instruction set is present by contract.
+        unsafe { value::<S>(row, S::mul(S::to_float(sums), self.scale), self.offset, self.bias) }
+    }
+}
+
+/// # Safety
+/// As for [`Simd`]; the columns must be in range.
 #[inline(always)]
-unsafe fn affine<S: Simd, T>(gemm: &Gemm<T>, column: usize) -> Affine<S::F> {
+pub(super) unsafe fn affine<S: Simd, T>(gemm: &Gemm<T>, column: usize) -> Affine<S::F> {
     // SAFETY: in range by the contract of `Sink`.
     unsafe {
         let columns = &*gemm.columns;
@@ -126,9 +140,7 @@ impl<T: ValueSink> Sink for T {
     unsafe fn put<S: Simd>(gemm: &Gemm<Self>, row: usize, column: usize, columns: Affine<S::F>, sums: S::I) {
         // SAFETY: in range by contract.
         unsafe {
-            let product = S::mul(S::to_float(sums), columns.scale);
-            let value = value::<S>(*gemm.scales.add(row), product, columns.offset, columns.bias);
-            T::store::<S>(gemm.out.add(row * PANEL + column), value);
+            T::store::<S>(gemm.out.add(row * PANEL + column), columns.value::<S>(*gemm.scales.add(row), sums));
         }
     }
 }

@@ -37,21 +37,45 @@ pub(super) struct Normalize {
     pub(super) range: Option<RowScale>,
 }
 
-/// Takes four vectors, as they lie side by side, into the sums of their row. Whoever adds up rows does it by this, so that the sums are
-/// the same bits whatever the rows come from.
-///
+/// The sums of up to four vectors that lie side by side in a panel, and those of their squares, by lane. Whoever adds up rows does it
+/// by these, so that the sums are the same bits whatever the rows come from.
+pub(super) struct Moments<S: Simd> {
+    sum: S::F,
+    square: S::F,
+}
+
+impl<S: Simd> Clone for Moments<S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S: Simd> Copy for Moments<S> {}
+
 /// # Safety
-/// As for [`Simd`].
-#[inline(always)]
-pub(super) unsafe fn take<S: Simd>(sums: *mut RowSums, x: [S::F; 4]) {
-    // SAFETY: the instruction set is present, and there are sums, by contract.
-    unsafe {
-        let [a, b, c, d] = x;
-        let (sum, square) = ((*sums).sum.as_mut_ptr(), (*sums).square.as_mut_ptr());
-        S::store(sum, S::add(S::load(sum), S::add(S::add(a, b), S::add(c, d))));
-        // As a tree, so that a row's sums wait for one addition instead of four.
-        let squares = S::add(S::fma(b, b, S::mul(a, a)), S::fma(d, d, S::mul(c, c)));
-        S::store(square, S::add(S::load(square), squares));
+/// Of its functions, as for [`Simd`].
+impl<S: Simd> Moments<S> {
+    #[inline(always)]
+    pub(super) unsafe fn of(x: S::F) -> Self {
+        // SAFETY: the instruction set is present by contract.
+        Self { sum: x, square: unsafe { S::mul(x, x) } }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn and(self, x: S::F) -> Self {
+        // SAFETY: the instruction set is present by contract.
+        unsafe { Self { sum: S::add(self.sum, x), square: S::fma(x, x, self.square) } }
+    }
+
+    /// Takes them into the sums of their row.
+    #[inline(always)]
+    pub(super) unsafe fn take(self, sums: *mut RowSums) {
+        // SAFETY: there are sums, by contract.
+        unsafe {
+            let (sum, square) = ((*sums).sum.as_mut_ptr(), (*sums).square.as_mut_ptr());
+            S::store(sum, S::add(S::load(sum), self.sum));
+            S::store(square, S::add(S::load(square), self.square));
+        }
     }
 }
 
@@ -76,7 +100,8 @@ pub(super) unsafe fn add<S: Simd>(args: &Add) {
                             S::store(x.add(at), values[j]);
                         }
                     }
-                    take::<S>(sums, values);
+                    let [a, b, c, d] = values;
+                    Moments::<S>::of(a).and(b).and(c).and(d).take(sums);
                     i += 4 * S::LANES;
                 }
                 while i < width {
@@ -86,8 +111,7 @@ pub(super) unsafe fn add<S: Simd>(args: &Add) {
                         value = S::add(value, S::load_some(from.add(i), rest, 0.0));
                         S::store_some(x.add(i), rest, value);
                     }
-                    let none = S::splat(0.0);
-                    take::<S>(sums, [value, none, none, none]);
+                    Moments::<S>::of(value).take(sums);
                     i += rest;
                 }
             }

@@ -168,17 +168,16 @@ pub(super) unsafe fn four<S: Simd>(from: *const f32) -> [S::F; 4] {
     }
 }
 
-/// Takes four vectors into the top of their row.
+/// Takes numbers into the top of their row.
 ///
 /// # Safety
 /// As for [`Simd`].
 #[inline(always)]
-pub(super) unsafe fn rise<S: Simd>(top: *mut RowTop, x: [S::F; 4]) {
+pub(super) unsafe fn rise<S: Simd>(top: *mut RowTop, x: S::F) {
     // SAFETY: the instruction set is present, and there is a top, by contract.
     unsafe {
-        let [a, b, c, d] = x;
         let top = (*top).0.as_mut_ptr();
-        S::store(top, S::max(S::load(top), S::max(S::max(a, b), S::max(c, d))));
+        S::store(top, S::max(S::load(top), x));
     }
 }
 
@@ -191,13 +190,13 @@ pub(super) unsafe fn tops<S: Simd>(values: *const f32, n_rows: usize, n: usize, 
             let (values, top) = (values.add(row * PANEL), tops.add(row));
             let mut i = 0;
             while i + 4 * S::LANES <= n {
-                rise::<S>(top, four::<S>(values.add(i)));
+                let [a, b, c, d] = four::<S>(values.add(i));
+                rise::<S>(top, S::max(S::max(a, b), S::max(c, d)));
                 i += 4 * S::LANES;
             }
-            let none = S::splat(f32::NEG_INFINITY);
             while i < n {
                 let rest = S::LANES.min(n - i);
-                rise::<S>(top, [S::load_some(values.add(i), rest, f32::NEG_INFINITY), none, none, none]);
+                rise::<S>(top, S::load_some(values.add(i), rest, f32::NEG_INFINITY));
                 i += rest;
             }
         }
