@@ -99,6 +99,10 @@ impl Int8Tables {
     }
 }
 
+/// Numbers of a table from which on its rows are asked for ahead, and by how many rows.
+const NEAR_BY: usize = 1 << 19;
+const AHEAD: usize = 8;
+
 /// Room for the rows of tables of low rank, kept by each thread.
 #[derive(Debug, Default)]
 pub(super) struct Gather {
@@ -226,6 +230,17 @@ impl Rows {
         }
     }
 
+    /// Asks for the numbers of a row that will be added.
+    fn fetch(&self, kernels: &KernelSet, index: usize, width: usize) {
+        match self {
+            Self::Int8 { codes, .. } => kernels.fetch(&codes[index * width..(index + 1) * width]),
+            Self::Codebook { indices, .. } => {
+                let stride = width.div_ceil(2);
+                kernels.fetch(&indices[index * stride..(index + 1) * stride]);
+            }
+        }
+    }
+
     /// `row += rows[index]`.
     fn add(&self, kernels: &KernelSet, index: usize, row: &mut [f32]) {
         let width = row.len();
@@ -344,7 +359,12 @@ impl Table {
     fn add(&self, kernels: &KernelSet, index: impl Fn(usize) -> usize, rows: &mut [f32], gather: &mut Gather) {
         let width = self.width();
         let Some(Factor { scale, packed }) = &self.factor else {
+            let n_rows = rows.len() / width;
+            let is_large = self.n_rows * width > NEAR_BY;
             for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                if is_large && i + AHEAD < n_rows {
+                    self.rows.fetch(kernels, index(i + AHEAD), width);
+                }
                 self.rows.add(kernels, index(i), row);
             }
             return;

@@ -200,6 +200,21 @@ impl KernelSet {
         unsafe { (self.table.normalize)(&args) }
     }
 
+    /// Asks for what will be read soon to be brought near by, where there is an instruction for that.
+    #[inline]
+    pub fn fetch<T>(&self, what: &[T]) {
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..size_of_val(what)).step_by(64) {
+            // SAFETY: part of the base instruction set; nothing is read or written.
+            unsafe {
+                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                _mm_prefetch::<_MM_HINT_T0>(what.as_ptr().cast::<i8>().add(line));
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = what;
+    }
+
     /// `row[c] += scale · codes[c]`.
     ///
     /// # Panics
