@@ -318,7 +318,12 @@ fn the_int8_player_is_close_to_the_f32_player_of_the_same_stored_weights() {
                 let mean = pairs.iter().sum::<f64>() / pairs.len() as f64;
                 println!("{name} {isa} {n_cores}: mean {mean:.5}, lowest {lowest:.5}");
                 // Between factors there is one rounding more, over few columns, and the random factors' products cancel.
-                let (least_mean, least) = if name.contains("LowRank") { (0.999, 0.99) } else { (0.9997, 0.9985) };
+                let (least_mean, least) = match name.as_str() {
+                    "LowRank" | "LowRankCodebook" => (0.999, 0.99),
+                    // Two of its twelve matrices are factors.
+                    "mixed" => (0.9997, 0.997),
+                    _ => (0.9997, 0.9985),
+                };
                 if !(mean > least_mean && lowest > least) {
                     offences.push(format!("{name} {isa} {n_cores}: mean {mean:.5}, lowest {lowest:.5}"));
                 }
