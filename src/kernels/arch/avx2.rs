@@ -40,6 +40,7 @@ pub(super) use halves;
 // SAFETY: each function is a few instructions of AVX2, FMA and F16C, which the contract demands.
 unsafe impl Simd for Avx2 {
     const LANES: usize = 8;
+    const SATURATES: bool = true;
     type F = __m256;
     type I = __m256i;
 
@@ -52,7 +53,7 @@ unsafe impl Simd for Avx2 {
             _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
         fn load_s8(from: *const i8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())));
         fn store_u8(to: *mut u8, x: __m256i) = {
-            // Lanes are in 0..=255, so both packings are exact; the low dwords of the halves hold four bytes each.
+            // Lanes are in 0..=255 or next to it, so both packings are exact or saturate; the low dwords of the halves hold four bytes each.
             let words = _mm256_packus_epi32(x, x);
             let bytes = _mm256_packus_epi16(words, words);
             let low = _mm256_castsi256_si128(bytes);

@@ -41,7 +41,7 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn load_s8(from: *const i8) -> Self::F;
     /// Writes the low byte of each lane; lanes must be in 0..=255.
     unsafe fn store_u8(to: *mut u8, x: Self::I);
-    /// Whether [`Simd::store_four_u8`] takes what is below 0 for 0 and what is above 255 for 255.
+    /// Whether [`Simd::store_four_u8`] takes −1 for 0 and 256 for 255.
     const SATURATES: bool = false;
     /// [`Simd::store_u8`] of four vectors, one behind the other.
     #[inline(always)]
