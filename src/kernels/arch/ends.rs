@@ -1,6 +1,7 @@
 //! What becomes of the sums of a tile that is as wide as a panel. Most become values that are stored; some go on as values while they
 //! are in registers, which saves the next row pass from reading them.
 #![allow(clippy::inline_always, reason = "bodies must be inlined into functions that carry the target features")]
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX-512 alone has tiles as wide as a panel"))]
 
 use super::dot::Dot;
 use super::gemm::{Gemm, Sink, affine};
