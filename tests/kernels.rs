@@ -1,6 +1,9 @@
 //! Kernels of every instruction set of this machine against `kernels::reference`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod common;
+
+use common::numbers::{floats, rng, sets};
 use niwaki::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
@@ -12,20 +15,8 @@ use niwaki::kernels::{
 use std::ops::Range;
 
 use proptest::prelude::*;
+use rand::RngExt;
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
-
-fn sets() -> Vec<KernelSet> {
-    Isa::all_supported().into_iter().map(KernelSet::new).collect()
-}
-
-fn rng(seed: u64) -> StdRng {
-    StdRng::seed_from_u64(seed)
-}
-
-fn floats(rng: &mut StdRng, n: usize, width: f32) -> Vec<f32> {
-    (0..n).map(|_| rng.random_range(-width..width)).collect()
-}
 
 /// Whether no binary16 is nearer; of two that are as near, either will do.
 fn is_nearest_half(half: u16, value: f32) -> bool {

@@ -4,9 +4,10 @@
 mod common;
 
 use common::forms::{KINDS, Kind, store};
+use common::numbers::sets;
 use niwaki::kernels::forms::PackedMatrix;
 use niwaki::kernels::layout::{CodeRows, PANEL, RowScale, code_stride};
-use niwaki::kernels::{Isa, KernelSet, f32_to_half, half_to_f32, reference};
+use niwaki::kernels::{f32_to_half, half_to_f32, reference};
 use niwaki::quant::{Bitmap, BlockSparse, Codebook4, Weight, pack_matrix};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -14,10 +15,6 @@ use rand::{RngExt, SeedableRng};
 /// Outputs and inputs: multiples of everything, of nothing, and single ones.
 const SHAPES: [(usize, usize); 9] =
     [(1, 1), (64, 8), (63, 3), (65, 5), (128, 64), (100, 77), (96, 352), (32, 130), (192, 36)];
-
-fn sets() -> Vec<KernelSet> {
-    Isa::all_supported().into_iter().map(KernelSet::new).collect()
-}
 
 /// Rows of codes; the gap between rows holds garbage, which must not show.
 struct Rows {

@@ -6,23 +6,11 @@ mod common;
 use std::ops::Range;
 
 use common::forms::{KINDS, Kind, store};
+use common::numbers::{floats, rng, sets};
 use niwaki::kernels::layout::{CodeRows, PANEL, RowScale, RowSums, RowTop, block_index, code_stride};
-use niwaki::kernels::{Block, CodeRowsMut, Isa, IsaName, KernelSet, Nonlinearity, Norm, Reduction, Stream, reference};
+use niwaki::kernels::{Block, CodeRowsMut, IsaName, KernelSet, Nonlinearity, Norm, Reduction, Stream, reference};
 use niwaki::quant::pack_matrix;
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
-
-fn sets() -> Vec<KernelSet> {
-    Isa::all_supported().into_iter().map(KernelSet::new).collect()
-}
-
-fn rng(seed: u64) -> StdRng {
-    StdRng::seed_from_u64(seed)
-}
-
-fn floats(rng: &mut StdRng, n: usize, width: f32) -> Vec<f32> {
-    (0..n).map(|_| rng.random_range(-width..width)).collect()
-}
+use rand::RngExt;
 
 /// Row-major values as a block in panels; what no column stands for is poison.
 fn to_block(values: &[f32], n: usize) -> Vec<f32> {
@@ -83,8 +71,7 @@ fn rows_are_quantized_as_the_reference_does() {
     }
 }
 
-/// Codes of activated rows stand for what the function makes of the rows, and tops that are taken along give the codes that looking
-/// for them afterwards gives.
+/// Codes of activated rows stand for what the function makes of the rows, and are those of each row alone.
 #[test]
 fn activated_rows_are_coded_within_the_stated_error() {
     for n in [1, 5, 16, 63, 64, 65, 77, 128, 384] {
