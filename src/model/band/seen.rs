@@ -265,7 +265,8 @@ mod tests {
                 most = most.max(seen.n_all());
             }
             prop_assert_eq!(pairs, band.n_pairs(len));
-            prop_assert_eq!(band.is_full_for(len), keys_seen == len * len);
+            // Not the other way round: leading tokens may be all that there are.
+            prop_assert!(!band.is_full_for(len) || keys_seen == len * len);
             prop_assert!(band.max_keys(len) >= most);
         }
     }
