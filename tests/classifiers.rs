@@ -121,10 +121,10 @@ fn f32_is_pytorch() {
 fn int8_is_close_and_bit_identical_in_any_batch() {
     for (name, ..) in MODELS {
         let checkpoint = Arc::new(Checkpoint::open(&dir(name)).unwrap());
-        let model = Int8Model::load(&checkpoint).unwrap();
         let cases = cases(name);
         for isa in Isa::all_supported() {
-            let worker = |n: usize| model.worker(KernelSet::new(isa), Arc::new(Cores::new(n).unwrap()), GROUP_TOKENS);
+            let model = Int8Model::load(&checkpoint, KernelSet::new(isa)).unwrap();
+            let worker = |n: usize| model.worker(Arc::new(Cores::new(n).unwrap()), GROUP_TOKENS);
             let mut alone = worker(1);
             let expected: Vec<f32> = cases.iter().flat_map(|case| play(&mut alone, case)).collect();
             for (case, found) in cases.iter().zip(expected.chunks_exact(alone.width())) {

@@ -15,7 +15,7 @@ use niwaki::exec::candle_model;
 use niwaki::exec::cost::{Operation, stored_costs};
 use niwaki::exec::int8_build::Int8Model;
 use niwaki::kernels::threads::Cores;
-use niwaki::kernels::{Isa, KernelSet};
+use niwaki::kernels::{Isa, IsaName, KernelSet};
 use niwaki::model::{Forward, LinearSlot, Outputs, RaggedBatch, Want};
 
 /// Widths that are multiples of nothing where the architecture allows it.
@@ -306,10 +306,10 @@ fn the_int8_player_is_close_to_the_f32_player_of_the_same_stored_weights() {
     for (name, dir) in models() {
         let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
         let expected = play(&mut candle_model(&checkpoint).unwrap(), &LENS);
-        let shared = Int8Model::load(&checkpoint).unwrap();
         for isa in Isa::all_supported() {
+            let shared = Int8Model::load(&checkpoint, KernelSet::new(isa)).unwrap();
             for n_cores in [1, 2] {
-                let mut worker = shared.worker(KernelSet::new(isa), Arc::new(Cores::new(n_cores).unwrap()), 128);
+                let mut worker = shared.worker(Arc::new(Cores::new(n_cores).unwrap()), 128);
                 let got = play(&mut worker, &LENS);
                 let rows = |outputs: &Outputs| outputs.tokens.chunks_exact(96).map(<[f32]>::to_vec).collect::<Vec<_>>();
                 let pairs: Vec<f64> =
@@ -337,15 +337,14 @@ fn the_int8_player_is_close_to_the_f32_player_of_the_same_stored_weights() {
 fn results_are_bit_identical_alone_and_in_any_batch_group_and_number_of_threads() {
     for (name, dir) in models() {
         let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
-        let shared = Int8Model::load(&checkpoint).unwrap();
         for isa in Isa::all_supported() {
-            let kernels = KernelSet::new(isa);
+            let shared = Int8Model::load(&checkpoint, KernelSet::new(isa)).unwrap();
             let alone: Vec<Outputs> = {
-                let mut worker = shared.worker(kernels, Arc::new(Cores::new(1).unwrap()), 512);
+                let mut worker = shared.worker(Arc::new(Cores::new(1).unwrap()), 512);
                 LENS.iter().map(|&len| play(&mut worker, &[len])).collect()
             };
             for (n_cores, group_tokens) in [(1, 64), (2, 1), (2, 2048), (3, 100)] {
-                let mut worker = shared.worker(kernels, Arc::new(Cores::new(n_cores).unwrap()), group_tokens);
+                let mut worker = shared.worker(Arc::new(Cores::new(n_cores).unwrap()), group_tokens);
                 let together = play(&mut worker, &LENS);
                 let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
                 let joined: Vec<f32> = alone.iter().flat_map(|outputs| outputs.tokens.clone()).collect();
@@ -383,7 +382,10 @@ fn a_player_holds_no_more_than_the_form_takes() {
     let bytes = |kind: Kind| {
         let model = TinyModel { d_model: 192, n_heads: 6, d_ffn: 768, n_layers: 2, ..TinyModel::default() };
         let dir = stored_dir(&model, |_| kind, |_| Kind::Int8);
-        Int8Model::load(&Arc::new(Checkpoint::open(dir.path()).unwrap())).unwrap().bytes()
+        let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
+        // Kernels that take weights as they are.
+        let kernels = KernelSet::new(Isa::force(IsaName::Portable).unwrap());
+        Int8Model::load(&checkpoint, kernels).unwrap().bytes()
     };
     let weights = 2 * (4 * 192 * 192 + 2 * 192 * 768);
     let dense = bytes(Kind::Int8);

@@ -77,16 +77,20 @@ fn accumulators_are_bit_equal_to_the_reference() {
                 let expected = reference::gemm_i32(&problem.codes, &problem.weights, k);
                 let packed = problem.packed();
                 let (rows, stride) = problem.rows();
-                let x = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
+                let x = CodeRows::new(&rows, stride, &problem.scales);
+                // Half of the weights of a few columns are outliers, or all; no share is too large here.
+                let split = PackedMatrix::Dense(packed.clone().split(f64::INFINITY));
+                let packed = PackedMatrix::Dense(packed);
                 for set in sets() {
                     let mut room = Vec::new();
-                    let prepared = set.widen(x, &PackedMatrix::Dense(packed.clone()), |n_codes| {
-                        room.resize(n_codes, u16::MAX);
+                    let turned = set.turn(x, &split, |n| {
+                        room.resize(n, 0xcd);
                         &mut room
                     });
                     let mut out = vec![i32::MIN; m * PANEL];
-                    for (x, panel) in [x, prepared].iter().flat_map(|x| (0..packed.n_panels()).map(move |p| (x, p))) {
-                        set.gemm_i32(x, &packed, panel, &mut out);
+                    let both = [(x, &packed), (turned, &split)].into_iter().take(1 + usize::from(set.turns()));
+                    for ((x, packed), panel) in both.flat_map(|both| (0..packed.n_panels()).map(move |p| (both, p))) {
+                        set.product_i32(&x, packed, panel, &mut out);
                         for row in 0..m {
                             for column in 0..PANEL {
                                 let n_column = panel * PANEL + column;
@@ -112,7 +116,7 @@ fn long_sums_do_not_overflow_or_saturate() {
         let scales = [RowScale { scale: 1.0, low: 0.0 }];
         for set in sets() {
             let mut out = vec![0i32; PANEL];
-            set.gemm_i32(&CodeRows { codes: &rows, stride: k, scales: &scales, wide: &[] }, &packed, 0, &mut out);
+            set.gemm_i32(&CodeRows::new(&rows, k, &scales), &packed, 0, &mut out);
             assert_eq!(out[0], 65_536 * 255 * i32::from(weight), "{}", set.name());
         }
     }
@@ -133,7 +137,7 @@ fn values_of_a_product_are_within_rounding() {
         let largest = expected.iter().fold(0.0f64, |max, value| max.max(value.abs()));
         let packed = problem.packed();
         let (rows, stride) = problem.rows();
-        let x = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
+        let x = CodeRows::new(&rows, stride, &problem.scales);
         for set in sets() {
             let mut values = vec![0.0f32; m * PANEL];
             let mut halves = vec![0u16; m * PANEL];
@@ -198,7 +202,7 @@ fn what_binary16_cannot_hold_is_held_to_its_largest_and_an_infinity_is_not_hidde
     let weights: Vec<i8> = (0..n * k).map(|i| if (i / k).is_multiple_of(2) { 127 } else { -127 }).collect();
     let packed = PackedLinear::new(&weights, &vec![1.0; n], &vec![0.0; n], k);
     let scales = [RowScale { scale: 1.0, low: 0.0 }];
-    let x = CodeRows { codes: &[255; 64], stride: 64, scales: &scales, wide: &[] };
+    let x = CodeRows::new(&[255; 64], 64, &scales);
     for set in sets() {
         let mut halves = [0u16; PANEL];
         set.gemm_half(&x, &packed, 0, &mut halves);
@@ -540,9 +544,10 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
         for m in [1, 15, 16, 17, 31, 32, 33, 48, 50, 64, 79, 96] {
             let problem = Product::new(m as u64, m, n, k, false);
             let (packed, (rows, stride)) = (problem.packed(), problem.rows());
-            let whole = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
+            let whole = CodeRows::new(&rows, stride, &problem.scales);
             // The last row ends with its last code, so that no line may be read to its end.
-            let short = CodeRows { codes: &rows[..(m - 1) * stride + k.next_multiple_of(4)], ..whole };
+            let codes = &rows[..(m - 1) * stride + k.next_multiple_of(4)];
+            let short = CodeRows::new(codes, stride, &problem.scales);
             for x in [whole, short] {
                 for panel in 0..packed.n_panels() {
                     let [a, b] = [&amx, &avx512].map(|set| {
@@ -564,7 +569,7 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
             let packed = PackedGroups::new(parts, LayerShape { bias: &problem.bias, n_in });
             let packed = PackedMatrix::Groups(packed);
             let (rows, stride) = problem.rows();
-            let x = CodeRows { codes: &rows, stride, scales: &problem.scales, wide: &[] };
+            let x = CodeRows::new(&rows, stride, &problem.scales);
             for panel in 0..packed.n_panels() {
                 let [a, b] = [&amx, &avx512].map(|set| {
                     let (mut out, mut halves) = (vec![f32::NAN; m * PANEL], vec![0; m * PANEL]);
@@ -621,14 +626,42 @@ proptest! {
 #[should_panic(expected = "codes")]
 fn rows_whose_sizes_have_no_product_are_refused() {
     let packed = PackedLinear::new(&[1; 64 * 64], &[1.0; 64], &[0.0; 64], 64);
-    let x = CodeRows { codes: &[0; 192], stride: 1 << 63, scales: &[RowScale::default(); 3], wide: &[] };
+    let scales = [RowScale::default(); 3];
+    let x = CodeRows::new(&[0; 192], 1 << 63, &scales);
     sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 3 * PANEL]);
+}
+
+#[test]
+fn weights_that_were_split_are_refused_where_codes_are_not_turned_for_them() {
+    let split = PackedLinear::new(&[127; 64 * 64], &[1.0; 64], &[0.0; 64], 64).split(f64::INFINITY);
+    let scales = [RowScale::default(); 2];
+    for set in sets() {
+        let product = || set.gemm_f32(&CodeRows::new(&[0; 128], 64, &scales), &split, 0, &mut [0.0; 2 * PANEL]);
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(product)).unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert!(message.starts_with("weights with outliers"), "{}: {message}", set.name());
+    }
+}
+
+#[test]
+fn weights_are_split_where_that_pays_and_the_kernels_want_it() {
+    let near_zero: Vec<i8> = (0..64 * 64).map(|i| [3, -20, 40, 7, -90, 0, 12, -1, 127, 5, 9][i % 11]).collect();
+    for (weights, pays) in [(near_zero, true), (vec![127; 64 * 64], false)] {
+        let packed = || PackedMatrix::Dense(PackedLinear::new(&weights, &[1.0; 64], &[0.0; 64], 64));
+        for set in sets() {
+            let fitted = set.fit(packed());
+            // Outliers take room.
+            let split = fitted.bytes() > packed().bytes();
+            assert_eq!(split, pays && set.turns(), "{}: {} bytes", set.name(), fitted.bytes());
+        }
+    }
 }
 
 #[test]
 #[should_panic(expected = "codes")]
 fn too_short_rows_are_refused() {
     let packed = PackedLinear::new(&[1; 64 * 64], &[1.0; 64], &[0.0; 64], 64);
-    let x = CodeRows { codes: &[0; 127], stride: 64, scales: &[RowScale::default(); 2], wide: &[] };
+    let scales = [RowScale::default(); 2];
+    let x = CodeRows::new(&[0; 127], 64, &scales);
     sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 2 * PANEL]);
 }

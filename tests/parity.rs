@@ -108,10 +108,10 @@ fn play<O: Ops>(model: &mut Model<O>, batch: &RaggedBatch, pooling: Pooling) -> 
 
 /// The INT8 player on `n_cores`, on every instruction set that this machine has, with every form of attention.
 fn int8(checkpoint: Checkpoint, n_cores: usize) -> Vec<(String, Model<Int8>)> {
-    let model = Int8Model::load(&Arc::new(checkpoint)).unwrap();
+    let checkpoint = Arc::new(checkpoint);
     let worker = |kernels: KernelSet| {
         let cores = Arc::new(Cores::new(n_cores).unwrap());
-        model.worker(kernels, cores, GROUP_TOKENS)
+        Int8Model::load(&checkpoint, kernels).unwrap().worker(cores, GROUP_TOKENS)
     };
     // Attention in bytes has an error of its own, which `tests/kernels.rs` holds; beside it these tolerances mean nothing.
     let forms = [AttentionForm::F32, AttentionForm::Int16];

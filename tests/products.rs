@@ -38,7 +38,7 @@ impl Rows {
     }
 
     fn view(&self) -> CodeRows<'_> {
-        CodeRows { codes: &self.codes, stride: self.stride, scales: &self.scales, wide: &[] }
+        CodeRows::new(&self.codes, self.stride, &self.scales)
     }
 
     fn dense(&self) -> Vec<u8> {
@@ -152,12 +152,7 @@ fn the_widest_sums_neither_overflow_nor_saturate() {
             let packed = pack_matrix(&weight, &[0.0], n_in);
             for set in sets() {
                 let mut out = vec![0i32; PANEL];
-                set.product_i32(
-                    &CodeRows { codes: &codes, stride: n_in, scales: &scales, wide: &[] },
-                    &packed,
-                    0,
-                    &mut out,
-                );
+                set.product_i32(&CodeRows::new(&codes, n_in, &scales), &packed, 0, &mut out);
                 assert_eq!(out[0], 65_536 * 255 * i32::from(entry), "{} {}", set.isa(), weight.scheme());
             }
         }

@@ -128,7 +128,7 @@ fn products_go_on_into_row_passes_as_if_they_had_been_stored() {
             let codes: Vec<u8> = (0..n_rows * stride).map(|_| rng.random()).collect();
             let scales: Vec<RowScale> =
                 (0..n_rows).map(|_| RowScale { scale: rng.random_range(0.001..0.01), low: -0.7 }).collect();
-            let x = CodeRows { codes: &codes, stride, scales: &scales, wide: &[] };
+            let x = CodeRows::new(&codes, stride, &scales);
             let (weights, bias) = (floats(&mut rng, n_out * n_in, 0.4), floats(&mut rng, n_out, 0.5));
             let residual = floats(&mut rng, n_rows * n_out, 2.0);
             let (gain, shift) = (floats(&mut rng, n_out, 1.5), floats(&mut rng, n_out, 0.3));

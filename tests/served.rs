@@ -40,8 +40,9 @@ struct Real {
 }
 
 fn engine_of(name: &str, dir: &Path, cores: &Arc<Cores>, limits: EngineLimits, metrics: &Arc<Metrics>) -> Engine {
-    let model = Int8Model::load(&Arc::new(Checkpoint::open(dir).unwrap())).unwrap();
-    let worker = model.worker(KernelSet::new(Isa::detect()), Arc::clone(cores), GROUP_TOKENS);
+    let kernels = KernelSet::new(Isa::detect());
+    let model = Int8Model::load(&Arc::new(Checkpoint::open(dir).unwrap()), kernels).unwrap();
+    let worker = model.worker(Arc::clone(cores), GROUP_TOKENS);
     let others: Vec<_> = (1..cores.n_cores()).map(|_| worker.another()).collect();
     let workers = others.into_iter().chain([worker]).map(|worker| Box::new(worker) as Box<dyn Forward>).collect();
     Engine::start_named(name, workers, limits, Arc::clone(metrics)).unwrap()

@@ -65,7 +65,6 @@ fn varied_batches_allocate_nothing_once_threads_are_warm() {
 #[allow(clippy::needless_pass_by_value, reason = "the directory lives as long as its model")]
 fn allocates_nothing(dir: tempfile::TempDir) {
     let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
-    let model = Int8Model::load(&checkpoint).unwrap();
     let batches: Vec<RaggedBatch> =
         [&[1][..], &[12, 3, 7], &[200], &[33, 150], &[64; 9], &[1; 100], &[16], &[199, 1, 80]]
             .iter()
@@ -77,8 +76,9 @@ fn allocates_nothing(dir: tempfile::TempDir) {
     for isa in Isa::all_supported() {
         for form in AttentionForm::ALL {
             let Some(kernels) = KernelSet::new(isa).with_attention(form) else { continue };
+            let model = Int8Model::load(&checkpoint, kernels).unwrap();
             for n_cores in [1, 2] {
-                let mut worker = model.worker(kernels, Arc::new(Cores::new(n_cores).unwrap()), 256);
+                let mut worker = model.worker(Arc::new(Cores::new(n_cores).unwrap()), 256);
                 let mut out = Outputs::default();
                 // The results are the caller's; their room is made once.
                 out.pooled.reserve(100 * 32);

@@ -56,8 +56,8 @@ pub(super) fn load_on(
     let n_threads = n_threads(args);
     let workers: Vec<Box<dyn Forward>> = match args.precision {
         Precision::Int8 => {
-            let model = Int8Model::load(checkpoint)?;
-            several(model.worker(kernels, cores()?, GROUP_TOKENS), n_workers)
+            let model = Int8Model::load(checkpoint, kernels)?;
+            several(model.worker(cores()?, GROUP_TOKENS), n_workers)
         }
         Precision::F32 => several(candle_model(checkpoint)?, n_workers),
     };

@@ -127,12 +127,7 @@ enum Int8Error {
 
 impl Codes {
     fn view(&self, rows: Range<usize>) -> CodeRows<'_> {
-        CodeRows {
-            codes: &self.codes[rows.start * self.stride..],
-            stride: self.stride,
-            scales: &self.scales[rows],
-            wide: &[],
-        }
+        CodeRows::new(&self.codes[rows.start * self.stride..], self.stride, &self.scales[rows])
     }
 }
 
@@ -235,7 +230,7 @@ impl Int8 {
         let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
         seat.for_each(parts, |lane, index, out: &mut [f32]| {
             let mut lane = lanes.of(lane);
-            let x = lane.middle.widen(kernels, packed, x.view(0..n_rows));
+            let x = lane.middle.turn(kernels, packed, x.view(0..n_rows));
             for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                 kernels.product_f32(&x, packed, panel, out);
             }
@@ -262,7 +257,7 @@ impl Int8 {
             let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
             seat.for_each(parts, |lane, index, out: &mut [u16]| {
                 let mut lane = lanes.of(lane);
-                let x = lane.middle.widen(kernels, packed, x.view(0..n_rows));
+                let x = lane.middle.turn(kernels, packed, x.view(0..n_rows));
                 for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                     kernels.product_half(&x, packed, panel, out);
                 }

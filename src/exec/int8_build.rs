@@ -63,13 +63,13 @@ fn row_scale(range: ValueRange) -> RowScale {
 }
 
 impl Int8Linear {
-    /// A layer of the given weights, `[bias.len(), n_in]`.
+    /// A layer of the given weights, `[bias.len(), n_in]`, for `kernels`.
     ///
     /// # Panics
     /// If the lengths do not fit.
     #[must_use]
-    pub fn new(weight: &Weight<'_>, bias: &[f32], n_in: usize) -> Self {
-        Self { layer: PackedLayer::new(weight, bias, n_in), out_range: None }
+    pub fn new(kernels: &KernelSet, weight: &Weight<'_>, bias: &[f32], n_in: usize) -> Self {
+        Self { layer: PackedLayer::new(weight, bias, n_in).fit(kernels), out_range: None }
     }
 
     /// Bytes held.
@@ -82,6 +82,7 @@ impl Int8Linear {
 /// An INT8 encoder that any number of workers play.
 #[derive(Debug, Clone)]
 pub struct Int8Model {
+    kernels: KernelSet,
     architecture: Arc<Architecture>,
     encoder: Arc<Encoder<Int8>>,
     head: Option<Arc<Head<Int8>>>,
@@ -94,21 +95,26 @@ pub struct Int8Model {
 pub const GROUP_TOKENS: usize = 512;
 
 impl Int8Model {
-    /// Packs the weights of `checkpoint`, quantizing those that are not.
+    /// Packs the weights of `checkpoint` for `kernels`, quantizing those that are not.
     ///
     /// # Errors
     /// Naming the tensor that is missing or damaged.
-    pub fn load(checkpoint: &Arc<Checkpoint>) -> Result<Self, ModelError> {
+    pub fn load(checkpoint: &Arc<Checkpoint>, kernels: KernelSet) -> Result<Self, ModelError> {
         let architecture = Arc::new(checkpoint.architecture().clone());
-        let mut build = Int8Build::new(Arc::clone(checkpoint));
+        let mut build = Int8Build::new(Arc::clone(checkpoint), kernels);
         let encoder = Arc::new(Encoder::build(&architecture, &mut build)?);
         let head = Head::build(&architecture, &mut build)?.map(Arc::new);
-        Ok(Self { architecture, encoder, head, bytes: build.bytes(), rank: build.rank })
+        Ok(Self { kernels, architecture, encoder, head, bytes: build.bytes(), rank: build.rank })
     }
 
-    /// A model without a head, of an encoder that is built.
-    pub(super) fn of_encoder(architecture: Arc<Architecture>, encoder: Arc<Encoder<Int8>>, bytes: usize) -> Self {
-        Self { architecture, encoder, head: None, bytes, rank: 0 }
+    /// A model without a head, of an encoder that is built for `kernels`.
+    pub(super) fn of_encoder(
+        kernels: KernelSet,
+        architecture: Arc<Architecture>,
+        encoder: Arc<Encoder<Int8>>,
+        bytes: usize,
+    ) -> Self {
+        Self { kernels, architecture, encoder, head: None, bytes, rank: 0 }
     }
 
     /// Bytes of the weights that the workers share, without what stays in the mapping.
@@ -119,9 +125,9 @@ impl Int8Model {
 
     /// The model for a worker, with its own workspace; for more workers on the same threads, make [`Model::another`] of it.
     #[must_use]
-    pub fn worker(&self, kernels: KernelSet, cores: Arc<Cores>, group_tokens: usize) -> Model<Int8> {
+    pub fn worker(&self, cores: Arc<Cores>, group_tokens: usize) -> Model<Int8> {
         let limits = WorkspaceLimits { rank: self.rank, ..WorkspaceLimits::new(&self.architecture, group_tokens) };
-        let player = Int8::new(kernels, cores, &limits, self.bytes);
+        let player = Int8::new(self.kernels, cores, &limits, self.bytes);
         let (architecture, encoder) = (Arc::clone(&self.architecture), Arc::clone(&self.encoder));
         Model::new(architecture, encoder, player, group_tokens, Int8::memory).with_head(self.head.clone())
     }
@@ -138,7 +144,7 @@ pub fn timed_model(
     group_tokens: usize,
 ) -> Result<Model<Timed<Int8>>, ModelError> {
     let architecture = Arc::new(checkpoint.architecture().clone());
-    let mut build = TimedBuild(Int8Build::new(Arc::clone(checkpoint)));
+    let mut build = TimedBuild(Int8Build::new(Arc::clone(checkpoint), kernels));
     let encoder = Arc::new(Encoder::build(&architecture, &mut build)?);
     let limits = WorkspaceLimits::new(&architecture, group_tokens);
     let player = Timed::new(Int8::new(kernels, cores, &limits, build.0.bytes()));
@@ -149,15 +155,16 @@ pub fn timed_model(
 #[derive(Debug)]
 pub struct Int8Build {
     checkpoint: Arc<Checkpoint>,
+    kernels: KernelSet,
     bytes: usize,
     rank: usize,
 }
 
 impl Int8Build {
-    /// Builds from `checkpoint`.
+    /// Builds from `checkpoint` for `kernels`.
     #[must_use]
-    pub fn new(checkpoint: Arc<Checkpoint>) -> Self {
-        Self { checkpoint, bytes: 0, rank: 0 }
+    pub fn new(checkpoint: Arc<Checkpoint>, kernels: KernelSet) -> Self {
+        Self { checkpoint, kernels, bytes: 0, rank: 0 }
     }
 
     /// Bytes of what was built so far, without what stays in the mapping.
@@ -204,7 +211,7 @@ impl Build<Int8> for Int8Build {
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {
         let linear = self.checkpoint.linear(slot).map_err(ModelError::player)?;
-        let mut linear = Int8Linear::new(&linear.weight, &linear.bias, linear.n_in);
+        let mut linear = Int8Linear::new(&self.kernels, &linear.weight, &linear.bias, linear.n_in);
         let ranges = self.checkpoint.architecture().ranges_of(slot.layer());
         linear.out_range = match slot {
             LinearSlot::Qkv(_) => ranges.context,

@@ -385,7 +385,7 @@ impl Table {
         let scales = gather.scales.first::<RowScale>(n_rows);
         let mut to = CodeRowsMut { codes, stride, scales, range: None };
         kernels.quantize(Block { data: block, n_rows, n: rank }, 0..n_rows, &mut to);
-        let x = CodeRows { codes: to.codes, stride, scales: to.scales, wide: &[] };
+        let x = CodeRows::new(to.codes, stride, to.scales);
         let sums = gather.sums.first::<f32>(n_rows * PANEL);
         for panel in 0..packed.n_panels() {
             kernels.product_f32(&x, packed, panel, sums);

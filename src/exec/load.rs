@@ -65,7 +65,7 @@ impl Runtime {
     /// # Errors
     /// Naming the tensor that is missing or damaged.
     pub fn player(&self, checkpoint: &Arc<Checkpoint>) -> Result<Model<Int8>, ModelError> {
-        let model = Int8Model::load(checkpoint)?;
-        Ok(model.worker(KernelSet::new(self.isa), Arc::clone(&self.cores), INT8_GROUP_TOKENS))
+        let model = Int8Model::load(checkpoint, KernelSet::new(self.isa))?;
+        Ok(model.worker(Arc::clone(&self.cores), INT8_GROUP_TOKENS))
     }
 }

@@ -15,17 +15,22 @@ use crate::model::{
 };
 use crate::quant::Weight;
 
-/// Made-up weights: time does not depend on their values.
-struct MadeUp<'a>(&'a Architecture);
+/// Made-up weights.
+struct MadeUp<'a> {
+    kernels: KernelSet,
+    spec: &'a Architecture,
+}
 
-/// Small numbers of both signs, so that activations stay in the range of trained ones.
+/// Small numbers of both signs, so that activations stay in the range of trained ones, and most near zero as trained weights are:
+/// kernels may take longer for large ones.
 fn made_up(n: usize) -> Vec<f32> {
-    (0..n).map(|i| f32::from((i * 37 % 101) as u8) / 1_000.0 - 0.05).collect()
+    let even = |i: usize, step: usize, of: usize| f32::from((i * step % of) as u8) / of as f32;
+    (0..n).map(|i| (even(i, 37, 101) + even(i, 53, 103) + even(i, 71, 107) - 1.5) / 20.0).collect()
 }
 
 impl Build<Int8> for MadeUp<'_> {
     fn tables(&mut self) -> Result<Int8Tables, ModelError> {
-        let spec = self.0;
+        let spec = self.spec;
         let rows = |n: usize| made_up(n * spec.d_model);
         let types = (spec.n_token_types > 0).then(|| rows(spec.n_token_types));
         Ok(Int8Tables::of_rows(
@@ -38,19 +43,19 @@ impl Build<Int8> for MadeUp<'_> {
     }
 
     fn norm(&mut self, _slot: NormSlot) -> Result<Int8Norm, ModelError> {
-        let width = self.0.d_model;
+        let width = self.spec.d_model;
         Ok(Int8Norm { gain: vec![1.0; width], bias: vec![0.0; width], eps: 1e-12, range: None })
     }
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {
-        let (width, layer) = (self.0.d_model, &self.0.layers[slot.layer()]);
+        let (width, layer) = (self.spec.d_model, &self.spec.layers[slot.layer()]);
         let (n_out, n_in) = match slot {
             LinearSlot::Qkv(_) => (3 * layer.d_context(), width),
             LinearSlot::AttentionOut(_) => (width, layer.d_context()),
             LinearSlot::FfnUp(_) => (layer.d_ffn, width),
             LinearSlot::FfnDown(_) => (width, layer.d_ffn),
         };
-        Ok(Int8Linear::new(&Weight::F32(made_up(n_out * n_in).into()), &vec![0.0; n_out], n_in).into())
+        Ok(Int8Linear::new(&self.kernels, &Weight::F32(made_up(n_out * n_in).into()), &vec![0.0; n_out], n_in).into())
     }
 }
 
@@ -77,13 +82,14 @@ pub fn time_layers(
     spec.positions = Positions { table_len: longest, offset: 0, tiled: true };
     spec.max_input_tokens = longest;
     let cores = Arc::new(Cores::new(1).map_err(ModelError::player)?);
+    let kernels = KernelSet::new(runtime.isa());
     let mut players: Vec<Model<Int8>> = Vec::with_capacity(shapes.len());
     for shape in shapes {
         spec.layers = vec![*shape];
         let spec = Arc::new(Architecture::new(spec.clone())?);
-        let encoder = Arc::new(Encoder::build(&spec, &mut MadeUp(&spec))?);
-        let model = Int8Model::of_encoder(spec, encoder, 0);
-        players.push(model.worker(KernelSet::new(runtime.isa()), Arc::clone(&cores), GROUP_TOKENS));
+        let encoder = Arc::new(Encoder::build(&spec, &mut MadeUp { kernels, spec: &spec })?);
+        let model = Int8Model::of_encoder(kernels, spec, encoder, 0);
+        players.push(model.worker(Arc::clone(&cores), GROUP_TOKENS));
     }
     let ids: Vec<u32> = (0..longest as u32).map(|i| i * 29 % N_WORDS as u32).collect();
     let batches = lens

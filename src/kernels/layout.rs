@@ -6,12 +6,18 @@
 //! weights   [n_panels][k_groups][PANEL][4] s8      four consecutive k of one column lie together, as dot products eat them
 //! block     [n_panels][n_rows][PANEL]              results of a matrix product; f32, or f16 where they are kept
 //! codes     [n_rows][stride] u8, stride ≥ 4 · k_groups
+//! turned    [n_strips][4 · k_groups][STRIP] u8     codes by input, beside codes where weights have outliers
 //! ```
 //!
 //! Columns beyond `n_out` and k beyond `n_in` are zeros with scale 0, so any pruned width works.
 
+use super::outliers::{Four, MOST_INPUTS, Outliers, PanelChains};
+
 /// Columns of a panel: four vectors of 16 accumulators, the widest tile's.
 pub const PANEL: usize = 64;
+
+/// Rows whose codes are turned together.
+pub const STRIP: usize = 32;
 
 /// What a row of u8 codes stands for: `value[c] = low + scale · code[c]`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -79,6 +85,8 @@ pub struct PackedLinear {
     k_groups: usize,
     lines: Vec<Line>,
     columns: Vec<PanelColumns>,
+    /// What the lines are without, where they were split.
+    outliers: Option<Outliers>,
 }
 
 impl PackedLinear {
@@ -112,7 +120,50 @@ impl PackedLinear {
             target.bias[column] = bias[n];
             target.sum[column] = sum;
         }
-        Self { n_out, n_in, k_groups, lines, columns }
+        Self { n_out, n_in, k_groups, lines, columns, outliers: None }
+    }
+
+    /// The same matrix, its weights split into a main part and outliers, if the products that this adds are at most a share `most`
+    /// of all; else as it was.
+    #[must_use]
+    pub fn split(self, most: f64) -> Self {
+        if self.outliers.is_some() || self.n_in > MOST_INPUTS {
+            return self;
+        }
+        let mut split = self.clone();
+        let mut outliers = Outliers::default();
+        for lines in split.lines.chunks_exact_mut(self.k_groups * LINES) {
+            let at = |column: usize, k: usize| (k / 4 * LINES + column / 16, column % 16 * 4 + k % 4);
+            let mut columns: [Vec<i8>; PANEL] = std::array::from_fn(|column| {
+                let code = |k| {
+                    let (line, byte) = at(column, k);
+                    lines[line].0[byte]
+                };
+                (0..self.k_groups * 4).map(code).collect()
+            });
+            outliers.take(&mut columns);
+            for (column, codes) in columns.iter().enumerate() {
+                for (k, &code) in codes.iter().enumerate() {
+                    let (line, byte) = at(column, k);
+                    lines[line].0[byte] = code;
+                }
+            }
+        }
+        if outliers.products() as f64 > most * size_of_val(split.lines.as_slice()) as f64 {
+            return self;
+        }
+        split.outliers = Some(outliers);
+        split
+    }
+
+    /// What the weights of panel `panel` are without, where they were split.
+    pub(super) fn outliers(&self, panel: usize) -> Option<(&[Four], &PanelChains)> {
+        self.outliers.as_ref().map(|outliers| outliers.panel(panel))
+    }
+
+    /// Whether its weights were split.
+    pub(super) fn is_split(&self) -> bool {
+        self.outliers.is_some()
     }
 
     /// Outputs.
@@ -153,7 +204,9 @@ impl PackedLinear {
     /// Bytes held.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        size_of_val(self.lines.as_slice()) + size_of_val(self.columns.as_slice())
+        size_of_val(self.lines.as_slice())
+            + size_of_val(self.columns.as_slice())
+            + self.outliers.as_ref().map_or(0, Outliers::bytes)
     }
 }
 
@@ -166,11 +219,17 @@ pub struct CodeRows<'a> {
     pub stride: usize,
     /// One per row.
     pub scales: &'a [RowScale],
-    /// The same codes as s16, where the kernels want them so ([`KernelSet::widen`](super::KernelSet::widen)); else empty.
-    pub wide: &'a [u16],
+    /// The same codes turned, where products are made of them ([`KernelSet::turn`](super::KernelSet::turn)); else empty.
+    pub(super) turned: &'a [u8],
 }
 
-impl CodeRows<'_> {
+impl<'a> CodeRows<'a> {
+    /// Rows of codes, one for each of `scales`, `stride` apart.
+    #[must_use]
+    pub fn new(codes: &'a [u8], stride: usize, scales: &'a [RowScale]) -> Self {
+        Self { codes, stride, scales, turned: &[] }
+    }
+
     /// Whether each row is there up to a multiple of 64 codes.
     pub(super) fn has_whole_lines(&self) -> bool {
         self.stride.is_multiple_of(64) && rows_fit(self.codes.len(), self.scales.len(), self.stride, self.stride)

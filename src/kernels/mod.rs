@@ -10,6 +10,7 @@ pub mod forms;
 mod half;
 mod isa;
 pub mod layout;
+mod outliers;
 pub mod peak;
 mod place;
 pub mod reference;

@@ -1,6 +1,7 @@
 //! Linear layers in the forms that the integer kernels read.
 
 use super::{LowRank, Weight, quantize_rows_symmetric};
+use crate::kernels::KernelSet;
 use crate::kernels::forms::{
     CodebookParts, GroupParts, LayerShape, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix,
 };
@@ -60,6 +61,15 @@ impl PackedLayer {
         match self {
             Self::Whole(_) => 0,
             Self::Factors { down, .. } => down.n_out(),
+        }
+    }
+
+    /// The same as `kernels` want it.
+    #[must_use]
+    pub fn fit(self, kernels: &KernelSet) -> Self {
+        match self {
+            Self::Whole(whole) => Self::Whole(kernels.fit(whole)),
+            Self::Factors { down, up } => Self::Factors { down: kernels.fit(down), up: kernels.fit(up) },
         }
     }
 

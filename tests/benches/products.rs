@@ -36,10 +36,12 @@ struct Form {
     second: Option<PackedMatrix>,
 }
 
-/// All forms of one matrix, dense INT8 first.
-fn forms(n_in: usize, n_out: usize) -> Vec<Form> {
+/// All forms of one matrix, as `set` wants them, dense INT8 first.
+fn forms(set: &KernelSet, n_in: usize, n_out: usize) -> Vec<Form> {
     let mut rng = StdRng::seed_from_u64(1);
-    let values: Vec<f32> = (0..n_in * n_out).map(|_| rng.random_range(-1.0f32..1.0)).collect();
+    // Most near zero, as trained ones are.
+    let mut value = || (0..3).map(|_| rng.random_range(-1.0f32..1.0)).sum();
+    let values: Vec<f32> = (0..n_in * n_out).map(|_| value()).collect();
     let (codes, scale) = quantize_rows_symmetric(&values, n_in);
     let mut forms = vec![("int8".to_owned(), Weight::Int8 { codes: codes.into(), scale: scale.into() })];
     let (codes, scale, offset) = quantize_rows_affine(&values, n_in);
@@ -59,7 +61,7 @@ fn forms(n_in: usize, n_out: usize) -> Vec<Form> {
             forms.push((format!("blocks {width}x4 at {percent} %"), sparse));
         }
     }
-    let pack = |weight: &Weight<'_>, n_out: usize, n_in: usize| pack_matrix(weight, &vec![0.0; n_out], n_in);
+    let pack = |weight: &Weight<'_>, n_out, n_in| set.fit(pack_matrix(weight, &vec![0.0; n_out], n_in));
     let mut packed: Vec<Form> = forms
         .into_iter()
         .map(|(name, weight)| Form { name, first: pack(&weight, n_out, n_in), second: None })
@@ -93,27 +95,28 @@ impl Input {
 
 /// All rows, in blocks whose results stay in the L2 cache.
 fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
-    let Room { out, middle, codes: between, scales: steps } = room;
-    let panels = |rows: &CodeRows<'_>, weights: &PackedMatrix, out: &mut [f32]| {
+    let Room { out, middle, codes: between, scales: steps, turned } = room;
+    let mut panels = |rows: CodeRows<'_>, weights: &PackedMatrix, out: &mut [f32]| {
+        let rows = &set.turn(rows, weights, |n| &mut turned[..n]);
         for (panel, out) in (0..weights.n_panels()).zip(out.chunks_exact_mut(rows.scales.len() * PANEL)) {
             set.product_f32(rows, weights, panel, out);
         }
     };
     let block = set.block_rows(form.first.n_in());
     for (codes, scales) in x.codes.chunks(block * x.stride).zip(x.scales.chunks(block)) {
-        let rows = CodeRows { codes, stride: x.stride, scales, wide: &[] };
+        let rows = CodeRows::new(codes, x.stride, scales);
         let Some(second) = &form.second else {
-            panels(&rows, &form.first, out);
+            panels(rows, &form.first, out);
             continue;
         };
         let (n_rows, rank) = (scales.len(), form.first.n_out());
-        panels(&rows, &form.first, middle);
+        panels(rows, &form.first, middle);
         let stride = code_stride(rank);
         let data = &middle[..form.first.n_panels() * n_rows * PANEL];
         let (codes, scales) = (&mut between[..n_rows * stride], &mut steps[..n_rows]);
         let mut to = CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales, range: None };
         set.quantize(Block { data, n_rows, n: rank }, 0..n_rows, &mut to);
-        panels(&CodeRows { codes, stride, scales, wide: &[] }, second, out);
+        panels(CodeRows::new(codes, stride, scales), second, out);
     }
 }
 
@@ -123,6 +126,7 @@ struct Room {
     middle: Vec<f32>,
     codes: Vec<u8>,
     scales: Vec<RowScale>,
+    turned: Vec<u8>,
 }
 
 impl Room {
@@ -130,13 +134,14 @@ impl Room {
         let block = |n: usize| vec![0.0; n.next_multiple_of(PANEL) * BLOCK_ROWS];
         let scales = vec![RowScale { scale: 1.0, low: 0.0 }; BLOCK_ROWS];
         let widest = n_in.max(n_out);
-        Self { out: block(n_out), middle: block(widest), codes: vec![0; BLOCK_ROWS * code_stride(widest)], scales }
+        let codes = || vec![0; BLOCK_ROWS * code_stride(widest)];
+        Self { out: block(n_out), middle: block(widest), codes: codes(), scales, turned: codes() }
     }
 }
 
 fn statistics(criterion: &mut Criterion, set: &KernelSet) {
     for (n_in, n_out) in SHAPES {
-        let forms = forms(n_in, n_out);
+        let forms = forms(set, n_in, n_out);
         for n_rows in ROWS {
             let x = Input::new(n_rows, n_in);
             let mut group = criterion.benchmark_group(format!("{} {n_in}x{n_out}", set.isa()));
@@ -154,7 +159,7 @@ fn statistics(criterion: &mut Criterion, set: &KernelSet) {
 /// The fastest of many turns of each form.
 fn ratios(set: &KernelSet, only: Option<usize>) {
     for (n_in, n_out) in SHAPES {
-        let forms = forms(n_in, n_out);
+        let forms = forms(set, n_in, n_out);
         for n_rows in ROWS.into_iter().filter(|rows| only.is_none_or(|only| *rows == only)) {
             let x = Input::new(n_rows, n_in);
             let mut room = Room::new(n_in, n_out);

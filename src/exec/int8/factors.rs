@@ -3,7 +3,7 @@
 use super::{BLOCK_ROWS, Buffer, Codes, Int8, RowParts, row_cut};
 use crate::exec::workspace::Aligned;
 use crate::kernels::forms::PackedMatrix;
-use crate::kernels::layout::{CodeRows, PANEL, RowScale, code_stride};
+use crate::kernels::layout::{CodeRows, PANEL, RowScale, STRIP, code_stride};
 use crate::kernels::{Block, CodeRowsMut, KernelSet};
 use crate::quant::PackedLayer;
 
@@ -13,14 +13,18 @@ pub(super) struct Middle {
     block: Aligned,
     codes: Aligned,
     scales: Aligned,
-    wide: Aligned,
+    turned: Aligned,
 }
 
 impl Middle {
     /// Room for `n_rows` rows of rank `rank`, and for inputs of products up to `widest`.
     pub(super) fn new(kernels: &KernelSet, n_rows: usize, rank: usize, widest: usize) -> Self {
         Self {
-            wide: Aligned::with_bytes(if kernels.widens() { n_rows * code_stride(widest) * 2 } else { 0 }),
+            turned: Aligned::with_bytes(if kernels.turns() {
+                n_rows.next_multiple_of(STRIP) * code_stride(widest)
+            } else {
+                0
+            }),
             block: Aligned::with_bytes(n_rows * rank.next_multiple_of(PANEL) * 4),
             codes: Aligned::with_bytes(n_rows * code_stride(rank)),
             scales: Aligned::with_bytes(if rank == 0 { 0 } else { n_rows * size_of::<RowScale>() }),
@@ -28,17 +32,12 @@ impl Middle {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.block.bytes() + self.codes.bytes() + self.scales.bytes() + self.wide.bytes()
+        self.block.bytes() + self.codes.bytes() + self.scales.bytes() + self.turned.bytes()
     }
 
-    /// Codes in the form that products with `weights` are fastest from.
-    pub(super) fn widen<'a>(
-        &'a mut self,
-        kernels: &KernelSet,
-        weights: &PackedMatrix,
-        x: CodeRows<'a>,
-    ) -> CodeRows<'a> {
-        kernels.widen(x, weights, |n| self.wide.first(n))
+    /// Codes as products with `weights` want them.
+    pub(super) fn turn<'a>(&'a mut self, kernels: &KernelSet, weights: &PackedMatrix, x: CodeRows<'a>) -> CodeRows<'a> {
+        kernels.turn(x, weights, |n| self.turned.first(n))
     }
 
     /// The last product of `layer` and its input for the rows `x`, which are computed here if there is a first product.
@@ -49,11 +48,12 @@ impl Middle {
         x: CodeRows<'a>,
     ) -> (CodeRows<'a>, &'a PackedMatrix) {
         let (down, up) = match layer {
-            PackedLayer::Whole(whole) => return (self.widen(kernels, whole, x), whole),
+            PackedLayer::Whole(whole) => return (self.turn(kernels, whole, x), whole),
             PackedLayer::Factors { down, up } => (down, up),
         };
         let (n_rows, rank) = (x.scales.len(), down.n_out());
         let stride = code_stride(rank);
+        let x = kernels.turn(x, down, |n| self.turned.first(n));
         let block = self.block.first::<f32>(down.n_panels() * n_rows * PANEL);
         for (panel, out) in block.chunks_exact_mut((n_rows * PANEL).max(1)).enumerate() {
             kernels.product_f32(&x, down, panel, out);
@@ -66,8 +66,8 @@ impl Middle {
             0..n_rows,
             &mut CodeRowsMut { codes: &mut *codes, stride, scales: &mut *scales, range: None },
         );
-        let x = CodeRows { codes, stride, scales, wide: &[] };
-        (kernels.widen(x, up, |n| self.wide.first(n)), up)
+        let x = CodeRows::new(codes, stride, scales);
+        (kernels.turn(x, up, |n| self.turned.first(n)), up)
     }
 }
 

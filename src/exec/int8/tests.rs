@@ -13,14 +13,19 @@ use crate::model::{
 };
 use crate::quant::Weight;
 
+fn detected() -> KernelSet {
+    KernelSet::new(Isa::detect())
+}
+
 /// A model of random weights, with layers of different widths, one of them not a multiple of anything.
 struct Random {
+    kernels: KernelSet,
     architecture: Arc<Architecture>,
     rng: StdRng,
 }
 
 impl Random {
-    fn new(band: Band, d_model: usize) -> Self {
+    fn new(kernels: KernelSet, band: Band, d_model: usize) -> Self {
         let layer = |n_heads, d_head, d_ffn| LayerConfig { n_heads, d_head, d_ffn, band };
         let spec = ArchitectureSpec {
             ranges: Vec::new(),
@@ -38,7 +43,7 @@ impl Random {
             head: None,
         };
         let architecture = Arc::new(Architecture::new(spec).unwrap());
-        Self { architecture, rng: StdRng::seed_from_u64(7) }
+        Self { kernels, architecture, rng: StdRng::seed_from_u64(7) }
     }
 
     fn values(&mut self, n: usize, around: f32, width: f32) -> Vec<f32> {
@@ -48,7 +53,7 @@ impl Random {
     fn model(&mut self) -> Int8Model {
         let architecture = Arc::clone(&self.architecture);
         let encoder = Encoder::build(&architecture, self).unwrap();
-        Int8Model::of_encoder(architecture, encoder.into(), 0)
+        Int8Model::of_encoder(self.kernels, architecture, encoder.into(), 0)
     }
 }
 
@@ -70,9 +75,15 @@ impl Build<Int8> for Random {
 
     fn linear(&mut self, slot: LinearSlot) -> Result<Int8Weights, ModelError> {
         let (n_out, n_in) = slot.shape(&self.architecture.layers[slot.layer()], self.architecture.d_model);
-        let weight = Weight::F32(Cow::Owned(self.values(n_out * n_in, 0.0, 0.2)));
+        // Most near zero, as trained ones are: kernels may take another way for such weights.
+        let mut weight = self.values(n_out * n_in, 0.0, 0.1);
+        for _ in 0..2 {
+            let more = self.values(n_out * n_in, 0.0, 0.1);
+            weight.iter_mut().zip(more).for_each(|(weight, more)| *weight += more);
+        }
+        let weight = Weight::F32(Cow::Owned(weight));
         let bias = self.values(n_out, 0.0, 0.2);
-        Ok(Int8Linear::new(&weight, &bias, n_in).into())
+        Ok(Int8Linear::new(&self.kernels, &weight, &bias, n_in).into())
     }
 }
 
@@ -121,14 +132,14 @@ fn a_sequence_is_bit_identical_alone_and_in_any_batch_group_and_number_of_thread
         // A width that is not a multiple of anything need not meet every pattern.
         let widths: &[usize] = if band == Band::FULL { &[96, 100] } else { &[96] };
         for &d_model in widths {
-            let shared = Random::new(band, d_model).model();
             for kernels in kernel_sets() {
+                let shared = Random::new(kernels, band, d_model).model();
                 let alone: Vec<Outputs> = {
-                    let mut worker = shared.worker(kernels, cores(1), 512);
+                    let mut worker = shared.worker(cores(1), 512);
                     lens.iter().map(|&len| forward(&mut worker, &[len])).collect()
                 };
                 for (n_cores, group_tokens) in [(1, 64), (2, 1), (2, 2048), (3, 200)] {
-                    let mut worker = shared.worker(kernels, cores(n_cores), group_tokens);
+                    let mut worker = shared.worker(cores(n_cores), group_tokens);
                     let together = forward(&mut worker, &lens);
                     let (mut pooled, mut tokens) = (0, 0);
                     for (index, alone) in alone.iter().enumerate() {
@@ -149,11 +160,11 @@ fn a_sequence_is_bit_identical_alone_and_in_any_batch_group_and_number_of_thread
 
 #[test]
 fn instruction_sets_agree() {
-    let shared = Random::new(Band::symmetric(20, 1), 96).model();
+    let shared = |kernels| Random::new(kernels, Band::symmetric(20, 1), 96).model();
     let lens = [5, 70, 16];
     let results: Vec<(KernelSet, Outputs)> = kernel_sets()
         .into_iter()
-        .map(|kernels| (kernels, forward(&mut shared.worker(kernels, cores(2), 512), &lens)))
+        .map(|kernels| (kernels, forward(&mut shared(kernels).worker(cores(2), 512), &lens)))
         .collect();
     let (_, first) = &results[0];
     for (kernels, other) in &results[1..] {
@@ -169,11 +180,10 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn the_seat_is_given_back_after_results_and_after_errors() {
-    let shared = Random::new(Band::FULL, 96).model();
+    let shared = Random::new(detected(), Band::FULL, 96).model();
     let one = cores(1);
-    let kernels = KernelSet::new(Isa::detect());
-    let mut first = shared.worker(kernels, Arc::clone(&one), 512);
-    let mut second = shared.worker(kernels, Arc::clone(&one), 512);
+    let mut first = shared.worker(Arc::clone(&one), 512);
+    let mut second = shared.worker(Arc::clone(&one), 512);
     for _ in 0..3 {
         // With one core either would wait forever if the other had kept its seat.
         forward(&mut first, &[3, 4]);
@@ -195,8 +205,8 @@ fn the_seat_is_given_back_after_results_and_after_errors() {
 
 #[test]
 fn pooling_is_what_it_says() {
-    let shared = Random::new(Band::FULL, 96).model();
-    let mut worker = shared.worker(KernelSet::new(Isa::detect()), cores(2), 512);
+    let shared = Random::new(detected(), Band::FULL, 96).model();
+    let mut worker = shared.worker(cores(2), 512);
     let (encoder, player) = worker.parts();
     let batch = batch(&[4, 1]);
     let view = batch.view(0..2);
@@ -223,8 +233,8 @@ fn pooling_is_what_it_says() {
 
 #[test]
 fn an_empty_view_has_empty_results() {
-    let shared = Random::new(Band::FULL, 96).model();
-    let mut worker = shared.worker(KernelSet::new(Isa::detect()), cores(2), 512);
+    let shared = Random::new(detected(), Band::FULL, 96).model();
+    let mut worker = shared.worker(cores(2), 512);
     let mut out = Outputs::default();
     worker.forward(&RaggedBatch::new(), Want::PooledAndTokens, &mut out).unwrap();
     assert!(out.pooled.is_empty() && out.tokens.is_empty());
@@ -232,9 +242,9 @@ fn an_empty_view_has_empty_results() {
 
 #[test]
 fn workers_on_many_threads_share_the_lanes_of_the_helpers() {
-    let shared = Random::new(Band::FULL, 96).model();
+    let shared = Random::new(detected(), Band::FULL, 96).model();
     let bytes = |n_cores: usize| {
-        let first = shared.worker(KernelSet::new(Isa::detect()), cores(n_cores), 256);
+        let first = shared.worker(cores(n_cores), 256);
         let another = first.another();
         (first.memory().workspace, another.memory().workspace)
     };
@@ -245,7 +255,7 @@ fn workers_on_many_threads_share_the_lanes_of_the_helpers() {
     assert!(eight.0 > alone.0 && eight.1 == alone.1 && sixteen.1 == alone.1);
     // They compute what the first does, at once.
     let many = cores(4);
-    let first = shared.worker(KernelSet::new(Isa::detect()), Arc::clone(&many), 256);
+    let first = shared.worker(Arc::clone(&many), 256);
     let mut workers: Vec<_> = (0..4).map(|_| first.another()).collect();
     let expected = forward(&mut first.another(), &[40, 3, 17]).pooled;
     std::thread::scope(|scope| {
@@ -257,8 +267,8 @@ fn workers_on_many_threads_share_the_lanes_of_the_helpers() {
 
 #[test]
 fn the_workspace_is_sized_at_construction_and_grows_only_for_longer_inputs() {
-    let shared = Random::new(Band::FULL, 96).model();
-    let mut worker = shared.worker(KernelSet::new(Isa::detect()), cores(2), 256);
+    let shared = Random::new(detected(), Band::FULL, 96).model();
+    let mut worker = shared.worker(cores(2), 256);
     let at_start = worker.memory();
     assert_eq!(at_start.workspace_peak, 0);
     for lens in [&[256][..], &[1; 256], &[100, 100, 56], &[31], &[33, 223], &[64; 4]] {

@@ -94,17 +94,16 @@ unsafe impl Simd for Avx2 {
     }
 }
 
-/// With AVX2 alone, in the operations of [`Avx2Exact`](super::dot_x86::Avx2Exact): `vpmaddwd` on bytes widened to s16, which is
-/// exact, unlike the s16 sums of `vpmaddubsw`, which saturate.
-///
-/// Codes are widened once, for all panels where the caller has done so, so that the inner loop only broadcasts them; weights are
-/// widened by the load.
+/// With AVX2 alone. Weights that were split are multiplied in `split.rs`. Whole ones are in the operations of
+/// [`Avx2Exact`](super::dot_x86::Avx2Exact): `vpmaddwd` on bytes widened to s16, which is exact, unlike the s16 sums of `vpmaddubsw`,
+/// which saturate. Codes are widened once, so that the inner loop only broadcasts them; weights are widened by the load.
 pub(super) mod exact {
     use super::super::attend::integers::Exact;
     use super::super::attend::products::{Bytes, F32, Words};
     use super::super::attend::table::{Forms, attention};
     use super::super::dot::Dot;
     use super::super::dot_x86::Avx2Exact;
+    use super::super::split;
     use super::super::table::{Table, kernel_table};
     use super::super::tile::{self, Tile};
     use super::*;
@@ -141,25 +140,17 @@ pub(super) mod exact {
         }
     }
 
-    /// `gemm_u8i8_avx2`, of codes that were widened for all panels, or are here.
+    /// `gemm_u8i8_avx2`: of weights with outliers, or of whole ones.
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
-        let k = gemm.k_groups * 4;
-        // SAFETY: as many rows are there, wide or not (the façade's checks), and the room is made for that many.
-        unsafe {
-            if gemm.wide.is_null() {
-                return narrow(gemm);
-            }
-            for (first, n_rows) in row_tiles(gemm.n_rows, Avx2Exact::rows_at_once(k)) {
-                rows(gemm, first, n_rows, gemm.wide.add(first * gemm.stride).cast(), gemm.stride * 2);
-            }
-        }
+        // SAFETY: passed on; where weights are split, codes are turned.
+        unsafe { if gemm.outliers.is_null() { whole(gemm) } else { split::gemm(gemm) } }
     }
 
     /// A function of its own, so that others do not have its room on the stack.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline(never)]
-    unsafe fn narrow<T: Sink>(gemm: &Gemm<T>) {
+    unsafe fn whole<T: Sink>(gemm: &Gemm<T>) {
         let k = gemm.k_groups * 4;
         let mut room = Avx2Exact::room();
         for (first, n_rows) in row_tiles(gemm.n_rows, Avx2Exact::rows_at_once(k)) {
@@ -172,30 +163,14 @@ pub(super) mod exact {
         }
     }
 
-    /// Writes `n` codes as s16.
-    #[target_feature(enable = "avx2")]
-    unsafe fn widen(codes: *const u8, n: usize, to: *mut u16) {
-        let whole = n / 16 * 16;
-        // SAFETY: `n` of both are there by contract.
-        unsafe {
-            for i in (0..whole).step_by(16) {
-                let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(codes.add(i).cast()));
-                _mm256_storeu_si256(to.add(i).cast(), wide);
-            }
-            for i in whole..n {
-                to.add(i).write(u16::from(*codes.add(i)));
-            }
-        }
-    }
+    pub(in crate::kernels::arch) static TABLE: Table = Table { turn: Some(split::turn), ..without_turn::TABLE };
 
-    pub(in crate::kernels::arch) static TABLE: Table = Table { widen: Some(widen), ..narrow_codes::TABLE };
-
-    mod narrow_codes {
+    mod without_turn {
         use super::*;
 
         kernel_table! {
             #[target_feature(enable = "avx2,fma,f16c")]
-            "gemm_u8i8_avx2", gemm, Avx2, 48,
+            "gemm_u8i8_avx2", gemm, Avx2, 32,
             Forms {
                 preferred: &[AttentionForm::F32],
                 tables: &[

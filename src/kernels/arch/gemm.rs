@@ -3,15 +3,13 @@
 
 use super::simd::Simd;
 use crate::kernels::layout::{PANEL, PanelColumns, RowScale, RowSums, RowTop};
+use crate::kernels::outliers::{Four, PanelChains};
 
 /// `n_rows` rows of codes times one panel of weights.
 pub(super) struct Gemm<T> {
     /// `[n_rows, stride]`.
     pub(super) codes: *const u8,
     pub(super) stride: usize,
-    /// The codes as s16, or null.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX2 alone multiplies s16"))]
-    pub(super) wide: *const u16,
     /// Whether rows may be read to the multiple of 64 codes that their last code lies below.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AMX alone reads on"))]
     pub(super) whole_lines: bool,
@@ -36,6 +34,13 @@ pub(super) struct Gemm<T> {
     /// The panel that will be needed next, or null.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX-512 alone asks for it ahead"))]
     pub(super) next: *const i8,
+    /// Codes by input ([`turned`](crate::kernels::layout)), what the weights are without, and how much that is; null if weights are whole.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX2 alone has weights split"))]
+    pub(super) turned: *const u8,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
+    pub(super) outliers: *const Four,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
+    pub(super) chains: *const PanelChains,
 }
 
 /// What becomes of the accumulators of a row's columns `column..column + LANES`.

@@ -20,6 +20,8 @@ mod pieces;
 mod products;
 mod rows;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod split;
 mod table;
 mod tile;
 
@@ -44,7 +46,7 @@ use self::table::Table;
 use super::attention::{AttentionForm, Heads};
 use super::forms::PackedMatrix;
 use super::isa::{Isa, IsaName};
-use super::layout::{CodeRows, PANEL, PackedLinear, RowScale, RowSums, rows_fit};
+use super::layout::{CodeRows, PANEL, PackedLinear, RowScale, RowSums, STRIP, rows_fit};
 
 /// Kernels of one instruction set, chosen once and passed to whoever computes.
 #[derive(Clone, Copy)]
@@ -228,37 +230,63 @@ impl KernelSet {
         chosen.expect("every instruction set has attention in f32").0
     }
 
-    /// Whether [`KernelSet::widen`] needs room.
+    /// Share of a matrix's products from which its outliers cost more than the split brings.
+    const MOST_OUTLIERS: f64 = 0.15;
+
+    /// `weights` as products with these kernels are fastest; the results are the same.
     #[must_use]
-    pub fn widens(&self) -> bool {
-        self.table.widen.is_some()
+    pub fn fit(&self, weights: PackedMatrix) -> PackedMatrix {
+        match weights {
+            PackedMatrix::Dense(dense) if self.turns() => PackedMatrix::Dense(dense.split(Self::MOST_OUTLIERS)),
+            weights => weights,
+        }
     }
 
-    /// `x` with its codes in the form that products with `weights` are fastest from, for all panels; what is made for that is in
-    /// `room`. Results are the same without.
-    pub fn widen<'a>(
+    /// Whether [`KernelSet::turn`] needs room.
+    #[must_use]
+    pub fn turns(&self) -> bool {
+        self.table.turn.is_some()
+    }
+
+    /// `x` with its codes as products with `weights`, if they were made to fit ([`KernelSet::fit`]), want them for all panels; `room`
+    /// gives as many bytes as are asked for.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn turn<'a>(
         &self,
         x: CodeRows<'a>,
         weights: &PackedMatrix,
-        room: impl FnOnce(usize) -> &'a mut [u16],
+        room: impl FnOnce(usize) -> &'a mut [u8],
     ) -> CodeRows<'a> {
-        let (Some(widen), PackedMatrix::Dense(_)) = (self.table.widen, weights) else { return x };
-        let Some(others) = x.scales.len().checked_sub(1) else { return x };
-        // All of the last row that is there.
-        let n = others.saturating_mul(x.stride).saturating_add(x.stride).min(x.codes.len());
-        let wide = &mut room(n)[..n];
-        // SAFETY: `Isa` proves the instruction set; both hold `n` codes.
-        unsafe { widen(x.codes.as_ptr(), n, wide.as_mut_ptr()) }
-        CodeRows { wide, ..x }
+        let (Some(turn), PackedMatrix::Dense(dense)) = (self.table.turn, weights) else { return x };
+        let n_rows = x.scales.len();
+        if !dense.is_split() || n_rows == 0 {
+            return x;
+        }
+        let k = dense.k_groups() * 4;
+        assert!(rows_fit(x.codes.len(), n_rows, x.stride, k), "{n_rows} rows of {k} codes");
+        let n = n_rows.next_multiple_of(STRIP) * k;
+        let turned = &mut room(n)[..n];
+        // SAFETY: `Isa` proves the instruction set; the codes are there, and room for whole strips.
+        unsafe { turn(x.codes.as_ptr(), x.stride, n_rows, k, turned.as_mut_ptr()) }
+        CodeRows { turned, ..x }
     }
 
-    fn gemm<T>(kernel: unsafe fn(&Gemm<T>), x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [T]) {
+    fn gemm<T>(
+        &self,
+        kernel: unsafe fn(&Gemm<T>),
+        x: &CodeRows<'_>,
+        weights: &PackedLinear,
+        panel: usize,
+        out: &mut [T],
+    ) {
         let n_rows = x.scales.len();
         if n_rows == 0 {
             return;
         }
         assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
-        let args = products::arguments_to(x, weights, panel, out.as_mut_ptr());
+        let args = self.arguments_to(x, weights, panel, out.as_mut_ptr());
         // SAFETY: `Isa` proves the instruction set; rows, panel and results are inside their slices, checked above.
         unsafe { kernel(&args) }
     }
@@ -268,7 +296,7 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn gemm_i32(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [i32]) {
-        Self::gemm(self.table.gemm_i32, x, weights, panel, out);
+        self.gemm(self.table.gemm_i32, x, weights, panel, out);
     }
 
     /// The same, as values: `x Wᵀ + b` for the columns of a panel, `[n_rows, PANEL]`.
@@ -276,7 +304,7 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn gemm_f32(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [f32]) {
-        Self::gemm(self.table.gemm_f32, x, weights, panel, out);
+        self.gemm(self.table.gemm_f32, x, weights, panel, out);
     }
 
     /// The same, rounded to binary16.
@@ -284,6 +312,6 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn gemm_half(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [u16]) {
-        Self::gemm(self.table.gemm_half, x, weights, panel, out);
+        self.gemm(self.table.gemm_half, x, weights, panel, out);
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::gemm::Gemm;
 use super::norm::{Add, Normalize};
 use super::rows::Quantize;
-use super::{Block, CodeRowsMut, KernelSet, Norm, Stream, products};
+use super::{Block, CodeRowsMut, KernelSet, Norm, Stream};
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowTop};
 use crate::kernels::{Nonlinearity, Reduction};
@@ -35,7 +35,7 @@ impl KernelSet {
         if let (Some(gemm), PackedMatrix::Dense(dense), PANEL) = (self.table.gemm_topped, weights, width)
             && n_rows > 0
         {
-            let args = products::arguments_to(x, dense, panel, out.as_mut_ptr().cast());
+            let args = self.arguments_to(x, dense, panel, out.as_mut_ptr().cast());
             // SAFETY: `Isa` proves the instruction set; rows, panel, tops and results are inside their slices, checked above.
             return unsafe { gemm(&Gemm { tops: tops.as_mut_ptr(), ..args }) };
         }
@@ -160,7 +160,7 @@ impl KernelSet {
             && n_rows > 0
         {
             let (out, sums) = (to.rows[first..].as_mut_ptr().cast(), to.sums.as_mut_ptr());
-            let args = products::arguments_to(x, dense, panel, out);
+            let args = self.arguments_to(x, dense, panel, out);
             // SAFETY: `Isa` proves the instruction set; rows and panel are inside their slices, and the residual stream holds as many
             // rows, `n` apart, of which the panel's columns are a part, and their sums.
             return unsafe { gemm(&Gemm { out_stride: to.n, sums, ..args }) };

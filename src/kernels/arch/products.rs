@@ -9,7 +9,7 @@ use super::gemm::Gemm;
 use super::groups::Groups;
 use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix, PanelGroups};
 use crate::kernels::isa::IsaName;
-use crate::kernels::layout::{CodeRows, PANEL, PackedLinear, PanelColumns, rows_fit};
+use crate::kernels::layout::{CodeRows, PANEL, PackedLinear, PanelColumns, STRIP, rows_fit};
 
 /// By how large the weights are: within ±32, within ±64, any.
 type BySize<T> = [unsafe fn(&Codebook<T>); 3];
@@ -276,13 +276,6 @@ pub(super) fn forms(isa: IsaName) -> &'static Forms {
     }
 }
 
-/// The arguments of a dense product with a panel. It is the caller who knows how much `out` holds.
-pub(super) fn arguments_to<T>(x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: *mut T) -> Gemm<T> {
-    let k_groups = weights.k_groups();
-    let next = if panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
-    Gemm { k_groups, next, ..shared(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out) }
-}
-
 /// The arguments that all forms share, results in a block of a panel. `k` is how many codes of a row are read.
 fn arguments<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumns, out: &mut [T]) -> Gemm<T> {
     let n_rows = x.scales.len();
@@ -293,11 +286,9 @@ fn arguments<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelC
 fn shared<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColumns, out: *mut T) -> Gemm<T> {
     let n_rows = x.scales.len();
     assert!(rows_fit(x.codes.len(), n_rows, x.stride, k), "{n_rows} rows of {k} codes");
-    assert!(x.wide.is_empty() || rows_fit(x.wide.len(), n_rows, x.stride, k), "{n_rows} rows of {k} wide codes");
     Gemm {
         codes: x.codes.as_ptr(),
         stride: x.stride,
-        wide: if x.wide.is_empty() { std::ptr::null() } else { x.wide.as_ptr() },
         whole_lines: x.has_whole_lines(),
         scales: x.scales.as_ptr(),
         n_rows,
@@ -309,6 +300,9 @@ fn shared<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColu
         tops: std::ptr::null_mut(),
         sums: std::ptr::null_mut(),
         next: std::ptr::null(),
+        turned: std::ptr::null(),
+        outliers: std::ptr::null(),
+        chains: std::ptr::null(),
     }
 }
 
@@ -407,6 +401,27 @@ impl<T> Products<T> {
 }
 
 impl KernelSet {
+    /// The arguments of a dense product with a panel. It is the caller who knows how much `out` holds.
+    ///
+    /// # Panics
+    /// If the sizes do not fit, or the weights were made to fit other kernels or codes are not turned for them.
+    pub(super) fn arguments_to<T>(
+        &self,
+        x: &CodeRows<'_>,
+        weights: &PackedLinear,
+        panel: usize,
+        out: *mut T,
+    ) -> Gemm<T> {
+        let k_groups = weights.k_groups();
+        let next = if panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
+        let args =
+            Gemm { k_groups, next, ..shared(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out) };
+        let Some((outliers, chains)) = weights.outliers(panel) else { return args };
+        let n = args.n_rows.next_multiple_of(STRIP) * k_groups * 4;
+        assert!(self.turns() && x.turned.len() == n, "weights with outliers, {} of {n} codes turned", x.turned.len());
+        Gemm { turned: x.turned.as_ptr(), outliers: outliers.as_ptr(), chains, ..args }
+    }
+
     /// `out[r, c] = Σ_k codes[r, k] · weights[n, k]`, `n = panel · PANEL + c`, of any form whose sums are integers; exact.
     ///
     /// # Panics

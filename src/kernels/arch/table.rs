@@ -8,13 +8,16 @@ use super::rows::Quantize;
 use crate::kernels::layout::RowTop;
 use crate::kernels::{Nonlinearity, Reduction};
 
+/// Turns codes: where they are, their stride, rows, inputs, and where they go.
+pub(super) type Turn = unsafe fn(*const u8, usize, usize, usize, *mut u8);
+
 /// The kernels of an instruction set. Each is `unsafe`, because it needs the instruction set and valid pointers.
 pub(super) struct Table {
     pub(super) name: &'static str,
     /// Rows of a block for products of few inputs, and of many.
     pub(super) block_rows: [usize; 2],
-    /// Codes to s16, where products want them so.
-    pub(super) widen: Option<unsafe fn(*const u8, usize, *mut u16)>,
+    /// Codes by input, where dense products are made of split weights.
+    pub(super) turn: Option<Turn>,
     pub(super) gemm_i32: unsafe fn(&Gemm<i32>),
     pub(super) gemm_f32: unsafe fn(&Gemm<f32>),
     pub(super) gemm_half: unsafe fn(&Gemm<u16>),
@@ -94,7 +97,7 @@ macro_rules! kernel_table {
             Table {
                 name: $name,
                 block_rows: [$block_rows, $block_rows],
-                widen: None,
+                turn: None,
                 gemm_i32: $gemm::<i32>,
                 gemm_f32: $gemm::<f32>,
                 gemm_half: $gemm::<u16>,
