@@ -123,42 +123,30 @@ impl PackedLinear {
         Self { n_out, n_in, k_groups, lines, columns, outliers: None }
     }
 
-    /// The same matrix, its weights split into a main part and outliers, if the products that this adds are at most a share `most`
-    /// of all; else as it was.
+    /// The same matrix, the weights of its panels split into a main part and outliers where the products that this adds are at most a
+    /// share `most` of all.
     #[must_use]
-    pub fn split(self, most: f64) -> Self {
-        if self.outliers.is_some() || self.n_in > MOST_INPUTS {
+    pub fn split(mut self, most: f64) -> Self {
+        if self.is_split() || self.n_in > MOST_INPUTS {
             return self;
         }
-        let mut split = self.clone();
         let mut outliers = Outliers::default();
-        for lines in split.lines.chunks_exact_mut(self.k_groups * LINES) {
-            let at = |column: usize, k: usize| (k / 4 * LINES + column / 16, column % 16 * 4 + k % 4);
-            let mut columns: [Vec<i8>; PANEL] = std::array::from_fn(|column| {
-                let code = |k| {
-                    let (line, byte) = at(column, k);
-                    lines[line].0[byte]
-                };
-                (0..self.k_groups * 4).map(code).collect()
-            });
-            outliers.take(&mut columns);
-            for (column, codes) in columns.iter().enumerate() {
-                for (k, &code) in codes.iter().enumerate() {
-                    let (line, byte) = at(column, k);
-                    lines[line].0[byte] = code;
-                }
+        let mut weights = Vec::with_capacity(self.k_groups * PANEL * 4);
+        for lines in self.lines.chunks_exact_mut(self.k_groups * LINES) {
+            weights.clear();
+            lines.iter().for_each(|line| weights.extend_from_slice(&line.0));
+            outliers.take(&mut weights, most);
+            for (line, weights) in lines.iter_mut().zip(weights.as_chunks::<64>().0) {
+                line.0 = *weights;
             }
         }
-        if outliers.products() as f64 > most * size_of_val(split.lines.as_slice()) as f64 {
-            return self;
-        }
-        split.outliers = Some(outliers);
-        split
+        self.outliers = Some(outliers).filter(|outliers| !outliers.is_empty());
+        self
     }
 
     /// What the weights of panel `panel` are without, where they were split.
     pub(super) fn outliers(&self, panel: usize) -> Option<(&[Four], &PanelChains)> {
-        self.outliers.as_ref().map(|outliers| outliers.panel(panel))
+        self.outliers.as_ref()?.panel(panel)
     }
 
     /// Whether its weights were split.

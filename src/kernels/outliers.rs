@@ -49,50 +49,74 @@ pub(super) type PanelChains = [Chains; PANEL];
 #[derive(Debug, Clone, Default)]
 pub(super) struct Outliers {
     fours: Vec<Four>,
-    /// Beside where the panel's first four stands.
-    panels: Vec<(usize, PanelChains)>,
+    /// Beside where a panel's first four stands; none if the panel's weights are whole.
+    panels: Vec<Option<(usize, PanelChains)>>,
 }
 
 /// Two outliers, by input, in an s16.
 type Pair = [(u16, i8); 2];
 
+/// Pairs that add up in an s16.
+#[derive(Debug, Clone, Default)]
+struct Run {
+    pairs: Vec<Pair>,
+    sizes: [i32; 2],
+}
+
 impl Outliers {
-    /// Takes the outliers of the next panel from its weights, which are given by column and input.
-    pub(super) fn take(&mut self, columns: &mut [Vec<i8>; PANEL]) {
-        let first = self.fours.len();
-        let count = |n: usize| u16::try_from(n).expect("a column has at most 16,384 inputs");
-        let mut taken: Vec<(Chains, Vec<Vec<Pair>>)> = Vec::with_capacity(PANEL);
-        for (column, weights) in columns.iter_mut().enumerate() {
-            let pairs = in_pairs(take(weights));
-            // More chains always do at last: those of a pair each.
-            let runs = (0..).find_map(|n| in_runs(&pairs, 2 * n)).expect("there is no end of chains");
-            let fours = runs.iter().map(Vec::len).max().unwrap_or(0);
-            taken.push((Chains { n: count(runs.len() / 2), fours: count(fours), column: count(column) }, runs));
+    /// Takes the outliers of the next panel from its weights, `[k_groups][PANEL][4]`, if they are at most a share `most` of them.
+    pub(super) fn take(&mut self, weights: &mut [i8], most: f64) {
+        let mut main = weights.to_vec();
+        let mut runs = Vec::new();
+        let mut fours = Vec::new();
+        let columns: Vec<(Chains, usize)> = take(&mut main)
+            .iter_mut()
+            .enumerate()
+            .map(|(column, outliers)| {
+                let (first, n) = (fours.len(), in_runs(&in_pairs(outliers), &mut runs));
+                let longest = runs[..n].iter().map(|run| run.pairs.len()).max().unwrap_or(0);
+                let pair = |run: &Run, at: usize| run.pairs.get(at).copied().unwrap_or_default();
+                for chain in runs[..n].chunks_exact(2) {
+                    fours.extend((0..longest).map(|at| Four::new(pair(&chain[0], at), pair(&chain[1], at))));
+                }
+                let count = |n: usize| u16::try_from(n).expect("a column has at most 16,384 inputs");
+                (Chains { n: count(n / 2), fours: count(longest), column: count(column) }, first)
+            })
+            .collect();
+        if (fours.len() * 4) as f64 > most * weights.len() as f64 {
+            return self.panels.push(None);
         }
-        taken.sort_by_key(|&(chains, _)| chains);
-        for chain in taken.iter().flat_map(|(chains, runs)| runs.chunks_exact(2).map(move |runs| (chains, runs))) {
-            let (chains, [first, second]) = (chain.0, chain.1) else { unreachable!("chunks of two") };
-            let pair = |run: &[Pair], at: u16| run.get(usize::from(at)).copied().unwrap_or_default();
-            self.fours.extend((0..chains.fours).map(|at| Four::new(pair(first, at), pair(second, at))));
+        weights.copy_from_slice(&main);
+        let mut sorted: [(Chains, usize); PANEL] = std::array::from_fn(|column| columns[column]);
+        sorted.sort_unstable_by_key(|&(chains, _)| chains);
+        self.panels.push(Some((self.fours.len(), sorted.map(|(chains, _)| chains))));
+        for (chains, first) in sorted {
+            self.fours.extend_from_slice(&fours[first..first + chains.in_all()]);
         }
-        self.panels.push((first, std::array::from_fn(|at| taken[at].0)));
     }
 
-    /// Products that are computed for them, zeros included, for each row.
-    pub(super) fn products(&self) -> usize {
-        self.fours.len() * 4
+    /// Whether no panel has any.
+    pub(super) fn is_empty(&self) -> bool {
+        self.panels.iter().all(Option::is_none)
     }
 
-    /// Those of a panel.
-    pub(super) fn panel(&self, panel: usize) -> (&[Four], &PanelChains) {
-        let (first, chains) = &self.panels[panel];
-        let n = chains.iter().map(|chains| usize::from(chains.n) * usize::from(chains.fours)).sum::<usize>();
-        (&self.fours[*first..first + n], chains)
+    /// Those of a panel; none if its weights are whole.
+    pub(super) fn panel(&self, panel: usize) -> Option<(&[Four], &PanelChains)> {
+        let (first, chains) = self.panels[panel].as_ref()?;
+        let n = chains.iter().map(|chains| chains.in_all()).sum::<usize>();
+        Some((&self.fours[*first..first + n], chains))
     }
 
     /// Bytes held.
     pub(super) fn bytes(&self) -> usize {
         size_of_val(self.fours.as_slice()) + size_of_val(self.panels.as_slice())
+    }
+}
+
+impl Chains {
+    /// Fours of the column.
+    fn in_all(self) -> usize {
+        usize::from(self.n) * usize::from(self.fours)
     }
 }
 
@@ -110,22 +134,44 @@ fn sizes(pair: Pair) -> [i32; 2] {
     [1, -1].map(|sign| pair.iter().map(|&(_, weight)| (i32::from(weight) * sign).max(0)).sum())
 }
 
-/// Takes from a column's weights what is too much, always from the largest; returns it by input.
-fn take(weights: &mut [i8]) -> Vec<(u16, i8)> {
-    let mut outliers = Vec::new();
-    for first in (0..weights.len()).step_by(8) {
-        // Two bytes of a group of four inputs are a lane, to which those of the next group are added.
-        for lane in [0, 2] {
-            let together = [0, 1, 4, 5].map(|k| first + lane + k);
+/// Takes from a panel's weights what is too much, always from the largest; returns it by column and input.
+fn take(weights: &mut [i8]) -> [Vec<(u16, i8)>; PANEL] {
+    /// Bytes of a group of four inputs: a lane of s16 is two of them and those of the next group.
+    const GROUP: usize = PANEL * 4;
+    let mut outliers = std::array::from_fn(|_| Vec::new());
+    let mut exceeds = [false; GROUP / 2];
+    for (pair, groups) in weights.chunks_mut(2 * GROUP).enumerate() {
+        let (first, second) = groups.split_at_mut(GROUP);
+        // The last group may have none to be added to.
+        let mut none = [0; GROUP];
+        let second = if second.is_empty() { &mut none } else { second };
+        for (lane, exceeds) in exceeds.iter_mut().enumerate() {
+            let four = [first[2 * lane], first[2 * lane + 1], second[2 * lane], second[2 * lane + 1]].map(i16::from);
+            let (above, below) = (four.map(|weight| weight.max(0)), four.map(|weight| weight.min(0)));
+            *exceeds = i32::from(above.iter().sum::<i16>()) > MOST || i32::from(below.iter().sum::<i16>()) < -MOST;
+        }
+        for (lane, _) in exceeds.iter().enumerate().filter(|&(_, &exceeds)| exceeds) {
+            let four = [&mut first[2 * lane..2 * lane + 2], &mut second[2 * lane..2 * lane + 2]];
             for sign in [1, -1] {
+                let size = |weight: i8| (i32::from(weight) * sign).max(0);
                 loop {
-                    let size = |&k: &usize| weights.get(k).map_or(0, |&weight| i32::from(weight) * sign).max(0);
-                    let excess = together.iter().map(size).sum::<i32>() - MOST;
-                    let Some(&largest) = together.iter().max_by_key(|k| size(k)).filter(|_| excess > 0) else { break };
-                    let outlier = excess.min(size(&largest)) * sign;
+                    let excess =
+                        four.iter().flat_map(|pair| pair.iter()).map(|&weight| size(weight)).sum::<i32>() - MOST;
+                    if excess <= 0 {
+                        break;
+                    }
+                    let mut largest = (0, 0);
+                    for at in [(0, 1), (1, 0), (1, 1)] {
+                        if size(four[at.0][at.1]) > size(four[largest.0][largest.1]) {
+                            largest = at;
+                        }
+                    }
+                    let weight = &mut four[largest.0][largest.1];
+                    let outlier = excess.min(size(*weight)) * sign;
                     let outlier = i8::try_from(outlier).expect("no more than the weight");
-                    weights[largest] -= outlier;
-                    outliers.push((u16::try_from(largest).expect("inputs are limited to 65,536"), outlier));
+                    *weight -= outlier;
+                    let input = pair * 8 + largest.0 * 4 + lane % 2 * 2 + largest.1;
+                    outliers[lane / 2].push((u16::try_from(input).expect("inputs are limited"), outlier));
                 }
             }
         }
@@ -134,10 +180,10 @@ fn take(weights: &mut [i8]) -> Vec<(u16, i8)> {
 }
 
 /// Puts a column's outliers into pairs: the most negative beside the most positive, so that pairs stay small.
-fn in_pairs(mut outliers: Vec<(u16, i8)>) -> Vec<Pair> {
+fn in_pairs(outliers: &mut [(u16, i8)]) -> Vec<Pair> {
     outliers.sort_unstable_by_key(|&(input, weight)| (weight, input));
     let mut pairs: Vec<Pair> = Vec::with_capacity(outliers.len().div_ceil(2));
-    let mut rest = outliers.as_slice();
+    let mut rest = &*outliers;
     while let [low, between @ .., high] = rest {
         if sizes([*low, *high]).into_iter().all(|size| size <= MOST) {
             pairs.push([*low, *high]);
@@ -151,22 +197,37 @@ fn in_pairs(mut outliers: Vec<(u16, i8)>) -> Vec<Pair> {
         }
     }
     pairs.extend(rest.first().map(|&single| [single, (0, 0)]));
+    pairs.sort_by_key(|&pair| std::cmp::Reverse(sizes(pair).into_iter().max()));
     pairs
 }
 
-/// Puts pairs into `n` runs, evenly, so that each fits s16; `None` if that leaves one over.
-fn in_runs(pairs: &[Pair], n: usize) -> Option<Vec<Vec<Pair>>> {
-    let mut sorted = pairs.to_vec();
-    sorted.sort_by_key(|&pair| std::cmp::Reverse(sizes(pair).into_iter().max()));
-    let mut runs = vec![(Vec::new(), [0, 0]); n];
-    for pair in sorted {
-        let after = |sums: [i32; 2]| std::array::from_fn(|sign| sums[sign] + sizes(pair)[sign]);
-        let fits = |sums: [i32; 2]| after(sums).into_iter().all(|size: i32| size <= MOST);
-        let (run, sums) = runs.iter_mut().filter(|(_, sums)| fits(*sums)).min_by_key(|(run, _)| run.len())?;
-        *sums = after(*sums);
-        run.push(pair);
+/// Puts pairs, the largest first, into as few runs as each fits s16, an even number, and evenly; returns how many.
+fn in_runs(pairs: &[Pair], runs: &mut Vec<Run>) -> usize {
+    let sums = pairs.iter().map(|&pair| sizes(pair)).fold([0, 0], |[a, b], [c, d]| [a + c, b + d]);
+    let least = sums.into_iter().max().map_or(0, |sum| usize::try_from((sum + 2 * MOST - 1) / (2 * MOST)).unwrap_or(0));
+    // More runs always do at last: those of a pair each.
+    let n = (least..).map(|chains| 2 * chains).find(|&n| fill(pairs, n, runs));
+    n.expect("there is no end of numbers")
+}
+
+/// Whether `n` runs take all pairs; if so, the first runs hold them.
+fn fill(pairs: &[Pair], n: usize, runs: &mut Vec<Run>) -> bool {
+    runs.resize(n.max(runs.len()), Run::default());
+    for run in &mut runs[..n] {
+        run.pairs.clear();
+        run.sizes = [0, 0];
     }
-    Some(runs.into_iter().map(|(run, _)| run).collect())
+    pairs.iter().all(|&pair| {
+        let [above, below] = sizes(pair);
+        let after = |run: &Run| [run.sizes[0] + above, run.sizes[1] + below];
+        let fits = |run: &Run| after(run).into_iter().all(|size| size <= MOST);
+        let Some(run) = runs[..n].iter_mut().filter(|run| fits(run)).min_by_key(|run| run.pairs.len()) else {
+            return false;
+        };
+        run.sizes = after(run);
+        run.pairs.push(pair);
+        true
+    })
 }
 
 #[cfg(test)]
@@ -181,6 +242,12 @@ mod tests {
         prop::collection::vec(weight, 0..70)
     }
 
+    /// Columns of a panel in the order of packed weights.
+    fn packed(columns: &[Vec<i8>], n_groups: usize) -> Vec<i8> {
+        let weight = |i: usize| columns.get(i / 4 % PANEL)?.get(i / (4 * PANEL) * 4 + i % 4).copied();
+        (0..n_groups * PANEL * 4).map(|i| weight(i).unwrap_or(0)).collect()
+    }
+
     fn fits(weights: &[i8]) -> bool {
         let size = |sign: i32| weights.iter().map(|&weight| (i32::from(weight) * sign).max(0)).sum::<i32>();
         size(1) <= MOST && size(-1) <= MOST
@@ -189,13 +256,14 @@ mod tests {
     proptest! {
         #[test]
         fn main_and_outliers_add_up_and_neither_overflows(weights in prop::collection::vec(weights(), 1..4)) {
-            let mut main: [Vec<i8>; PANEL] = std::array::from_fn(|_| Vec::new());
-            main[..weights.len()].clone_from_slice(&weights);
+            let n_groups = weights.iter().map(|column| column.len().div_ceil(4)).max().unwrap_or(0);
+            let mut main = packed(&weights, n_groups);
             let mut outliers = Outliers::default();
-            outliers.take(&mut main);
-            let (mut fours, chains) = outliers.panel(0);
+            outliers.take(&mut main, f64::INFINITY);
+            let (mut fours, chains) = outliers.panel(0).unwrap();
             for &Chains { n, fours: in_each, column } in chains {
-                let (at, column) = (usize::from(column), &main[usize::from(column)]);
+                let at = usize::from(column);
+                let column: Vec<i8> = (0..n_groups * 4).map(|k| main[k / 4 * PANEL * 4 + at * 4 + k % 4]).collect();
                 let mut sum: Vec<i32> = column.iter().map(|&weight| i32::from(weight)).collect();
                 for _ in 0..n {
                     let (chain, rest) = fours.split_at(in_each.into());
@@ -212,8 +280,8 @@ mod tests {
                         }
                     }
                 }
-                let expected = weights.get(at).into_iter().flatten();
-                prop_assert_eq!(sum, expected.map(|&weight| i32::from(weight)).collect::<Vec<_>>());
+                let expected = |k: usize| weights.get(at).and_then(|column| column.get(k)).map_or(0, |&weight| i32::from(weight));
+                prop_assert_eq!(sum, (0..n_groups * 4).map(expected).collect::<Vec<_>>());
                 for eight in column.chunks(8) {
                     for lane in [0, 2] {
                         let together = [0, 1, 4, 5].into_iter().filter_map(|k| eight.get(lane + k).copied());
@@ -227,19 +295,23 @@ mod tests {
 
     #[test]
     fn small_weights_have_no_outliers() {
-        let mut main: [Vec<i8>; PANEL] = std::array::from_fn(|_| (0..64).map(|k| k - 32).collect());
-        let weights = main.clone();
+        let weights: Vec<i8> = (0..8 * PANEL * 4).map(|i| (i % 64) as i8 - 32).collect();
+        let mut main = weights.clone();
         let mut outliers = Outliers::default();
-        outliers.take(&mut main);
+        outliers.take(&mut main, 0.0);
         assert_eq!(main, weights);
-        assert_eq!(outliers.products(), 0);
-        assert!(
-            outliers
-                .panel(0)
-                .1
-                .iter()
-                .enumerate()
-                .all(|(at, chains)| (chains.n, usize::from(chains.column)) == (0, at))
-        );
+        let (fours, chains) = outliers.panel(0).unwrap();
+        assert!(fours.is_empty() && chains.iter().enumerate().all(|(at, chains)| usize::from(chains.column) == at));
+    }
+
+    #[test]
+    fn a_panel_with_too_many_stays_whole() {
+        let mut outliers = Outliers::default();
+        for weight in [127, 10] {
+            let mut weights = vec![weight; 8 * PANEL * 4];
+            outliers.take(&mut weights, 0.15);
+            assert!(weights.iter().all(|&main| main == weight));
+        }
+        assert!(outliers.panel(0).is_none() && outliers.panel(1).is_some() && !outliers.is_empty());
     }
 }
