@@ -21,6 +21,9 @@ pub(super) const PLACE: usize = 8;
 /// Most inputs of a matrix that is split.
 pub(super) const MOST_INPUTS: usize = (u16::MAX as usize + 1) * PLACE / STRIP;
 
+/// Outliers of a column from which its panel stays whole: putting them into runs takes time with the square of their number.
+const MOST_OF_COLUMN: usize = 1_024;
+
 /// Four outliers of a column, the first two and the last two in an s16 each.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -67,9 +70,15 @@ impl Outliers {
     /// Takes the outliers of the next panel from its weights, `[k_groups][PANEL][4]`, if they are at most a share `most` of them.
     pub(super) fn take(&mut self, weights: &mut [i8], most: f64) {
         let mut main = weights.to_vec();
+        let mut outliers = take(&mut main);
+        let limit = most * weights.len() as f64;
+        let n: usize = outliers.iter().map(Vec::len).sum();
+        if n as f64 > limit || outliers.iter().any(|column| column.len() > MOST_OF_COLUMN) {
+            return self.panels.push(None);
+        }
         let mut runs = Vec::new();
         let mut fours = Vec::new();
-        let columns: Vec<(Chains, usize)> = take(&mut main)
+        let columns: Vec<(Chains, usize)> = outliers
             .iter_mut()
             .enumerate()
             .map(|(column, outliers)| {
@@ -83,7 +92,7 @@ impl Outliers {
                 (Chains { n: count(n / 2), fours: count(longest), column: count(column) }, first)
             })
             .collect();
-        if (fours.len() * 4) as f64 > most * weights.len() as f64 {
+        if (fours.len() * 4) as f64 > limit {
             return self.panels.push(None);
         }
         weights.copy_from_slice(&main);
@@ -205,9 +214,12 @@ fn in_pairs(outliers: &mut [(u16, i8)]) -> Vec<Pair> {
 fn in_runs(pairs: &[Pair], runs: &mut Vec<Run>) -> usize {
     let sums = pairs.iter().map(|&pair| sizes(pair)).fold([0, 0], |[a, b], [c, d]| [a + c, b + d]);
     let least = sums.into_iter().max().map_or(0, |sum| usize::try_from((sum + 2 * MOST - 1) / (2 * MOST)).unwrap_or(0));
+    let mut chains = least;
     // More runs always do at last: those of a pair each.
-    let n = (least..).map(|chains| 2 * chains).find(|&n| fill(pairs, n, runs));
-    n.expect("there is no end of numbers")
+    while !fill(pairs, 2 * chains, runs) {
+        chains += 1 + chains / 8;
+    }
+    2 * chains
 }
 
 /// Whether `n` runs take all pairs; if so, the first runs hold them.
@@ -313,5 +325,9 @@ mod tests {
             assert!(weights.iter().all(|&main| main == weight));
         }
         assert!(outliers.panel(0).is_none() && outliers.panel(1).is_some() && !outliers.is_empty());
+        // One column that would take long.
+        let mut weights: Vec<i8> = (0..1_024 * PANEL * 4).map(|i| if i / 4 % PANEL == 7 { 65 } else { 1 }).collect();
+        outliers.take(&mut weights, f64::INFINITY);
+        assert!(outliers.panel(2).is_none());
     }
 }
