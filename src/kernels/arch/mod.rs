@@ -230,7 +230,7 @@ impl KernelSet {
         chosen.expect("every instruction set has attention in f32").0
     }
 
-    /// Share of a panel's products from which its outliers cost more than the split brings.
+    /// Share of a panel's products from which its outliers cost more than the split brings, as estimated from their instructions.
     const MOST_OUTLIERS: f64 = 0.15;
 
     /// `weights` as products with these kernels are fastest; the results are the same.
