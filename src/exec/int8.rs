@@ -171,6 +171,7 @@ impl Int8 {
             scales,
             COLUMN_SPLIT_ROWS * code_stride(limits.rank),
             COLUMN_SPLIT_ROWS * size_of::<RowScale>(),
+            if kernels.turns() { COLUMN_SPLIT_ROWS * code_stride(limits.widest()) } else { 0 },
         ]);
         let plan = Plan::new(limits);
         Self { kernels, cores, seat: None, workspace, lanes, plan, limits: limits.clone(), weight_bytes }
@@ -223,14 +224,14 @@ impl Int8 {
 
     /// `x Wᵀ + b` of a few rows, columns split over threads; a block of all rows.
     fn columns(&mut self, packed: &PackedMatrix, x: &Codes, n_rows: usize) -> Buffer<f32> {
-        let Self { kernels, cores, seat, workspace, lanes, .. } = self;
+        let Self { kernels, cores, seat, workspace, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
+        let mut room = None;
+        let x = turned(kernels, workspace, packed, x.view(0..n_rows), &mut room);
         let cut = column_cut(packed.n_panels(), seat.n_cores());
         let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
-        seat.for_each(parts, |lane, index, out: &mut [f32]| {
-            let mut lane = lanes.of(lane);
-            let x = lane.middle.turn(kernels, packed, x.view(0..n_rows));
+        seat.for_each(parts, |_, index, out: &mut [f32]| {
             for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                 kernels.product_f32(&x, packed, panel, out);
             }
@@ -253,11 +254,11 @@ impl Int8 {
         let mut out = workspace.take::<u16>(linear.layer.n_out().div_ceil(PANEL) * n_rows * PANEL);
         if few {
             let (x, packed) = (middle.as_ref().unwrap_or(x), linear.layer.last());
+            let mut room = None;
+            let x = turned(kernels, workspace, packed, x.view(0..n_rows), &mut room);
             let cut = column_cut(packed.n_panels(), seat.n_cores());
             let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
-            seat.for_each(parts, |lane, index, out: &mut [u16]| {
-                let mut lane = lanes.of(lane);
-                let x = lane.middle.turn(kernels, packed, x.view(0..n_rows));
+            seat.for_each(parts, |_, index, out: &mut [u16]| {
                 for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
                     kernels.product_half(&x, packed, panel, out);
                 }
@@ -307,6 +308,17 @@ impl Int8 {
         });
         to
     }
+}
+
+/// Codes of a few rows in the form that all parts of a product with `weights` read; they may take `room`.
+fn turned<'a>(
+    kernels: &KernelSet,
+    workspace: &Workspace,
+    weights: &PackedMatrix,
+    x: CodeRows<'a>,
+    room: &'a mut Option<Buffer<u8>>,
+) -> CodeRows<'a> {
+    kernels.turn(x, weights, |n| room.insert(workspace.take(n)))
 }
 
 /// Blocks of at most `block` rows, and evenly many for each thread.

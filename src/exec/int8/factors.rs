@@ -35,11 +35,6 @@ impl Middle {
         self.block.bytes() + self.codes.bytes() + self.scales.bytes() + self.turned.bytes()
     }
 
-    /// Codes as products with `weights` want them.
-    pub(super) fn turn<'a>(&'a mut self, kernels: &KernelSet, weights: &PackedMatrix, x: CodeRows<'a>) -> CodeRows<'a> {
-        kernels.turn(x, weights, |n| self.turned.first(n))
-    }
-
     /// The last product of `layer` and its input for the rows `x`, which are computed here if there is a first product.
     pub(super) fn enter<'a>(
         &'a mut self,
@@ -48,7 +43,7 @@ impl Middle {
         x: CodeRows<'a>,
     ) -> (CodeRows<'a>, &'a PackedMatrix) {
         let (down, up) = match layer {
-            PackedLayer::Whole(whole) => return (self.turn(kernels, whole, x), whole),
+            PackedLayer::Whole(whole) => return (kernels.turn(x, whole, |n| self.turned.first(n)), whole),
             PackedLayer::Factors { down, up } => (down, up),
         };
         let (n_rows, rank) = (x.scales.len(), down.n_out());

@@ -144,7 +144,12 @@ pub(super) mod exact {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
         // SAFETY: passed on; where weights are split, codes are turned.
-        unsafe { if gemm.outliers.is_null() { whole(gemm) } else { split::gemm(gemm) } }
+        unsafe {
+            match gemm.split {
+                Some(split) => split::gemm(gemm, split),
+                None => whole(gemm),
+            }
+        }
     }
 
     /// A function of its own, so that others do not have its room on the stack.

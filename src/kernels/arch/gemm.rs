@@ -34,12 +34,18 @@ pub(super) struct Gemm<T> {
     /// The panel that will be needed next, or null.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX-512 alone asks for it ahead"))]
     pub(super) next: *const i8,
-    /// Codes by input ([`turned`](crate::kernels::layout)), what the weights are without, and how much that is; null if weights are whole.
+    /// What the weights are without; none if they are whole.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX2 alone has weights split"))]
+    pub(super) split: Option<Split>,
+}
+
+/// The outliers of a panel whose weights were split, and the codes as they are multiplied with them.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "AVX2 alone has weights split"))]
+pub(super) struct Split {
+    /// `[⌈n_rows / STRIP⌉][inputs][STRIP]`.
     pub(super) turned: *const u8,
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
     pub(super) outliers: *const Four,
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
     pub(super) chains: *const PanelChains,
 }
 

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use super::KernelSet;
 use super::blocks::Blocks;
 use super::codebook::Codebook;
-use super::gemm::Gemm;
+use super::gemm::{Gemm, Split};
 use super::groups::Groups;
 use crate::kernels::forms::{PAIR, PackedBlocks, PackedCodebook, PackedGroups, PackedMatrix, PanelGroups};
 use crate::kernels::isa::IsaName;
@@ -300,9 +300,7 @@ fn shared<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColu
         tops: std::ptr::null_mut(),
         sums: std::ptr::null_mut(),
         next: std::ptr::null(),
-        turned: std::ptr::null(),
-        outliers: std::ptr::null(),
-        chains: std::ptr::null(),
+        split: None,
     }
 }
 
@@ -419,7 +417,7 @@ impl KernelSet {
         let Some((outliers, chains)) = weights.outliers(panel) else { return args };
         let n = args.n_rows.next_multiple_of(STRIP) * k_groups * 4;
         assert!(self.turns() && x.turned.len() == n, "weights with outliers, {} of {n} codes turned", x.turned.len());
-        Gemm { turned: x.turned.as_ptr(), outliers: outliers.as_ptr(), chains, ..args }
+        Gemm { split: Some(Split { turned: x.turned.as_ptr(), outliers: outliers.as_ptr(), chains }), ..args }
     }
 
     /// `out[r, c] = Σ_k codes[r, k] · weights[n, k]`, `n = panel · PANEL + c`, of any form whose sums are integers; exact.

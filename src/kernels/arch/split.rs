@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 
 use super::dot::Dot;
 use super::dot_x86::Avx2Within32;
-use super::gemm::{Gemm, Sink, row_tiles};
+use super::gemm::{Gemm, Sink, Split, row_tiles};
 use super::tile::{Tile, put};
 use crate::kernels::layout::{PANEL, STRIP};
 use crate::kernels::outliers::{Chains, Four, PLACE};
@@ -84,16 +84,50 @@ unsafe fn chain(fours: *const Four, n: usize, turned: *const u8) -> [__m256i; 4]
     ]
 }
 
+/// [`chain`] of the first half of a strip, in half the instructions; rows of the other half are 0.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn half_chain(fours: *const Four, n: usize, turned: *const u8) -> [__m256i; 4] {
+    const FIRST: [i8; 16] = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3];
+    // Of rows 0 to 7, and of rows 8 to 15; of the fours' first pairs in the lower lane, of their second ones in the upper.
+    let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+    for i in 0..n {
+        // SAFETY: there are `n` fours, whose inputs are among the turned ones.
+        let (even, odd, weights) = unsafe {
+            let four = &*fours.add(i);
+            let codes = four.places.map(|place| _mm_loadu_si128(turned.add(usize::from(place) * PLACE).cast()));
+            let first = _mm_loadu_si128(FIRST.as_ptr().cast());
+            let each = _mm256_set_m128i(_mm_add_epi8(first, _mm_set1_epi8(4)), first);
+            let weights = _mm256_set1_epi64x((&raw const four.weights).cast::<i64>().read_unaligned());
+            let weights = _mm256_shuffle_epi8(weights, each);
+            (_mm256_set_m128i(codes[2], codes[0]), _mm256_set_m128i(codes[3], codes[1]), weights)
+        };
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_unpacklo_epi8(even, odd), weights));
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_unpackhi_epi8(even, odd), weights));
+    }
+    let ones = _mm_set1_epi16(1);
+    let lanes = |x: __m256i| (_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+    let ((first, second), (first8, second8)) = (lanes(low), lanes(high));
+    [
+        _mm_madd_epi16(_mm_unpacklo_epi16(first, second), ones),
+        _mm_madd_epi16(_mm_unpackhi_epi16(first, second), ones),
+        _mm_madd_epi16(_mm_unpacklo_epi16(first8, second8), ones),
+        _mm_madd_epi16(_mm_unpackhi_epi16(first8, second8), ones),
+    ]
+    .map(|rows| _mm256_zextsi128_si256(rows))
+}
+
 /// The same of the chains of the next column.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn column(fours: &mut *const Four, chains: &Chains, turned: *const u8) -> [__m256i; 4] {
+unsafe fn column<const HALF: bool>(fours: &mut *const Four, chains: &Chains, turned: *const u8) -> [__m256i; 4] {
     let mut sums = [_mm256_setzero_si256(); 4];
     for at in 0..chains.n {
+        let n = usize::from(chains.fours);
         // SAFETY: passed on; the column has as many chains.
-        let products = unsafe { chain(*fours, chains.fours.into(), turned) };
+        let products = unsafe { if HALF { half_chain(*fours, n, turned) } else { chain(*fours, n, turned) } };
         // SAFETY: as above.
-        *fours = unsafe { fours.add(chains.fours.into()) };
+        *fours = unsafe { fours.add(n) };
         for v in 0..4 {
             sums[v] = if at == 0 { products[v] } else { _mm256_add_epi32(sums[v], products[v]) };
         }
@@ -120,17 +154,17 @@ fn by_row(columns: [__m256i; EIGHT]) -> [[__m256i; 2]; 4] {
 /// Columns of a block that is exchanged at once.
 const EIGHT: usize = 8;
 
-/// Sums of a panel's outliers for a strip, `[STRIP, PANEL]`.
+/// Sums of a panel's outliers for a strip, or for the first half of its rows: `[STRIP, PANEL]`.
 #[target_feature(enable = "avx2")]
 #[inline(never)]
-unsafe fn outliers<T>(gemm: &Gemm<T>, turned: *const u8, sums: *mut i32) {
+unsafe fn outliers<const HALF: bool>(split: &Split, turned: *const u8, sums: *mut i32) {
     let mut by_column = [const { MaybeUninit::<[__m256i; 4]>::uninit() }; PANEL];
     let by_column: *mut [__m256i; 4] = by_column.as_mut_ptr().cast();
     // SAFETY: the panel has as many fours, and there is room for the sums. Each column is among the chains.
     unsafe {
-        let mut fours = gemm.outliers;
-        for chains in &*gemm.chains {
-            by_column.add(chains.column.into()).write(column(&mut fours, chains, turned));
+        let mut fours = split.outliers;
+        for chains in &*split.chains {
+            by_column.add(chains.column.into()).write(column::<HALF>(&mut fours, chains, turned));
         }
         for column in (0..PANEL).step_by(EIGHT) {
             let columns = &*by_column.add(column).cast::<[[__m256i; 4]; EIGHT]>();
@@ -140,7 +174,9 @@ unsafe fn outliers<T>(gemm: &Gemm<T>, turned: *const u8, sums: *mut i32) {
                 for (r, [first, second]) in rows.into_iter().enumerate() {
                     let to = sums.add((4 * v + r) * PANEL + column);
                     _mm256_store_si256(to.cast(), first);
-                    _mm256_store_si256(to.add(STRIP / 2 * PANEL).cast(), second);
+                    if !HALF {
+                        _mm256_store_si256(to.add(STRIP / 2 * PANEL).cast(), second);
+                    }
                 }
             }
         }
@@ -195,15 +231,21 @@ struct Sums([MaybeUninit<i32>; STRIP * PANEL]);
 /// `n_rows` rows times a panel, in tiles of 4x16.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline(never)]
-pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>) {
+pub(super) unsafe fn gemm<T: Sink>(gemm: &Gemm<T>, split: Split) {
     let mut room = Sums([const { MaybeUninit::uninit() }; STRIP * PANEL]);
     let sums: *mut i32 = room.0.as_mut_ptr().cast();
     for first in (0..gemm.n_rows).step_by(STRIP) {
+        let n_rows = STRIP.min(gemm.n_rows - first);
         // SAFETY: rows and columns are in range; all sums of the strip are written before they are read.
         unsafe {
-            outliers(gemm, gemm.turned.add(first * gemm.k_groups * 4), sums);
+            let turned = split.turned.add(first * gemm.k_groups * 4);
+            if n_rows <= STRIP / 2 {
+                outliers::<true>(&split, turned, sums);
+            } else {
+                outliers::<false>(&split, turned, sums);
+            }
             for column in (0..PANEL).step_by(16) {
-                for (row, n_rows) in row_tiles(STRIP.min(gemm.n_rows - first), 4) {
+                for (row, n_rows) in row_tiles(n_rows, 4) {
                     let codes = gemm.codes.add((first + row) * gemm.stride);
                     let at = Tile { row: first + row, column, codes, stride: gemm.stride };
                     let sums = sums.add(row * PANEL + column);
