@@ -162,6 +162,7 @@ fn values_of_a_product_are_within_rounding() {
 fn functions_are_within_their_stated_errors() {
     let mut xs: Vec<f32> = (-40_000..=40_000u32 as i32).map(|i| i as f32 / 4_000.0).collect();
     xs.extend([0.0, -0.0, 1e-30, -1e-30, 15.0, -15.0, 100.0, -100.0, 4.5, -4.5, 4.500_001, -4.500_001]);
+    xs.extend([1e4, -1e4, 3e13, -3e13, 2e38, -2e38]);
     for set in sets() {
         for (kind, bound, relative) in [
             (Nonlinearity::Gelu, 1.7e-5, 0.0),
@@ -629,6 +630,13 @@ fn rows_whose_sizes_have_no_product_are_refused() {
     let scales = [RowScale::default(); 3];
     let x = CodeRows::new(&[0; 192], 1 << 63, &scales);
     sets()[0].gemm_f32(&x, &packed, 0, &mut [0.0; 3 * PANEL]);
+}
+
+#[test]
+#[should_panic(expected = "elements")]
+fn a_block_whose_size_is_beyond_the_numbers_is_refused() {
+    let mut to = CodeRowsMut { codes: &mut [0; 64], stride: 64, scales: &mut [RowScale::default()], range: None };
+    sets()[0].quantize(Block { data: &[], n_rows: 1 << 58, n: 64 }, 0..1, &mut to);
 }
 
 #[test]

@@ -25,7 +25,7 @@ pub use isa::{Isa, IsaError, IsaName};
 /// Element-wise functions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Nonlinearity {
-    /// `x · Φ(x)`; absolute error 1.7e-5.
+    /// `x · Φ(x)`; absolute error 1.7e-5, or 3e-8 · |x| where that is more.
     Gelu,
     /// The tanh approximation; absolute error 2e-6 · max(1, |x|).
     GeluTanh,

@@ -221,7 +221,8 @@ impl Architecture {
             return Err(ModelError::Architecture { field: "ranges", reason });
         }
         for ValueRange { low, high } in spec.ranges.iter().flat_map(LayerRanges::all).flatten() {
-            if !(low.is_finite() && high.is_finite() && low < high) {
+            // Between finite ends it may be wider than numbers are.
+            if !(low < high && (high - low).is_finite()) {
                 let reason = format!("{low} to {high} is no range of values");
                 return Err(ModelError::Architecture { field: "ranges", reason });
             }

@@ -127,8 +127,9 @@ impl Stream<'_> {
 
 impl Block<'_> {
     fn check(&self, rows: &Range<usize>) {
-        let needed = self.n.div_ceil(PANEL) * self.n_rows * PANEL;
-        assert!(self.data.len() >= needed, "a block of {needed} in {} elements", self.data.len());
+        let panel = self.n_rows.checked_mul(PANEL).expect("a panel has less than 2^64 elements");
+        let fits = rows_fit(self.data.len(), self.n.div_ceil(PANEL), panel, panel);
+        assert!(fits, "{} rows of {} columns in {} elements", self.n_rows, self.n, self.data.len());
         assert!(rows.start <= rows.end && rows.end <= self.n_rows, "rows {rows:?} of {}", self.n_rows);
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct Quantize {
 #[inline(always)]
 fn step(low: f32, high: f32) -> (RowScale, f32) {
     let range = high - low;
-    // A constant row has step 0: all codes 0, all values `low`. So has a range that is not finite, and values that are no numbers,
+    // A constant row has step 0: all codes 0, all values `low`. So has a range that is not finite, as that of a row without a number,
     // so that what comes of it is not taken for a result.
     let inverse = if range > f32::MIN_POSITIVE * 1e3 { 255.0 / range } else { 0.0 };
     let low = if range.is_finite() { low } else { f32::NAN };

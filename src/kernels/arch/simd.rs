@@ -28,7 +28,8 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn load_half(from: *const u16) -> Self::F;
     /// Writes IEEE binary16, rounding to nearest even.
     unsafe fn store_half(to: *mut u16, x: Self::F);
-    /// Writes IEEE binary16, rounding to nearest; finite numbers beyond its own are held to the largest.
+    /// Writes IEEE binary16, rounding to nearest; numbers beyond its own are held to the largest. Below 2⁻¹⁴ the last place may be
+    /// cut off, and from 3.4e38 on it may be infinite.
     #[inline(always)]
     unsafe fn store_held_half(to: *mut u16, x: Self::F) {
         // SAFETY: passed on.

@@ -63,6 +63,8 @@ impl Attention {
         let SequenceHeads { qkv, heads, first_row, len, slots } = *sequence;
         assert!(head < heads.n_heads && heads.d_head > 0 && len > 0, "head {head} of {heads:?}, {len} tokens");
         assert!(heads.d_head <= self.form().max_d_head(), "{heads:?} in {:?}", self.form());
+        let columns = heads.n_heads.checked_mul(heads.d_head).and_then(|n| n.checked_mul(3));
+        assert!(columns.is_some(), "{heads:?} have more than 2^64 columns");
         let panel = qkv.n_rows.checked_mul(PANEL).expect("a panel has less than 2^64 elements");
         assert!(first_row <= qkv.n_rows && len <= qkv.n_rows - first_row, "{len} tokens from {first_row} on");
         assert!(rows_fit(qkv.data.len(), heads.qkv_panels(), panel, panel), "{heads:?} in {} numbers", qkv.data.len());
@@ -104,7 +106,8 @@ impl Attention {
         }
         let n_slots = sequence.slots.n_slots(sequence.len);
         let lines = self.lines_of_slots(heads, n_slots);
-        assert!(queries.first + n <= sequence.len && queries.step > 0, "{n} from {}", queries.first);
+        let inside = n <= sequence.len && queries.first <= sequence.len - n;
+        assert!(inside && queries.step > 0, "{n} from {}", queries.first);
         assert!(run.end <= heads.n_heads && run.start.is_multiple_of(heads.panel_grain()), "{run:?} of {heads:?}");
         assert_eq!(packed.len(), lines * run.len());
         assert!(out.len() >= (run.len() * heads.d_head).div_ceil(PANEL) * n * PANEL, "{} results", out.len());
