@@ -58,5 +58,23 @@ pub fn quantize_rows_affine(values: &[f32], cols: usize) -> (Vec<i8>, Vec<f32>, 
 
 #[allow(clippy::cast_possible_truncation, reason = "clamped to the range of i8")]
 pub(super) fn to_code(x: f32) -> i8 {
-    x.round_ties_even().clamp(-127.0, 127.0) as i8
+    /// Sums with it are rounded to integers, ties to even: its last place is 1. Rounding itself is no instruction of every processor.
+    const INTEGER: f32 = 1.5 * 8_388_608.0;
+    (x.clamp(-127.0, 127.0) + INTEGER - INTEGER) as i8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::to_code;
+
+    #[test]
+    fn codes_are_the_nearest_ties_to_even() {
+        let halves = (-300..=300i16).map(|i| f32::from(i) / 2.0);
+        let near = halves.flat_map(|x| [x.next_down(), x, x.next_up()]);
+        for x in near.chain([f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40]) {
+            #[allow(clippy::cast_possible_truncation, reason = "held to what a code holds")]
+            let expected = x.round_ties_even().clamp(-127.0, 127.0) as i8;
+            assert_eq!(to_code(x), expected, "{x}");
+        }
+    }
 }
