@@ -146,7 +146,7 @@ pub fn timed_model(
     let architecture = Arc::new(checkpoint.architecture().clone());
     let mut build = TimedBuild(Int8Build::new(Arc::clone(checkpoint), kernels));
     let encoder = Arc::new(Encoder::build(&architecture, &mut build)?);
-    let limits = WorkspaceLimits::new(&architecture, group_tokens);
+    let limits = WorkspaceLimits { rank: build.0.rank, ..WorkspaceLimits::new(&architecture, group_tokens) };
     let player = Timed::new(Int8::new(kernels, cores, &limits, build.0.bytes()));
     Ok(Model::new(architecture, encoder, player, group_tokens, |player| player.inner().memory()))
 }

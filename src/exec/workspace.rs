@@ -1,9 +1,8 @@
 //! Buffers that come back: a forward takes what it needs from a pool and dropping returns it, so that in the steady
 //! state nothing is allocated.
 //!
-//! A request takes the smallest free buffer that is large enough. As the buffers that would do for a request always
-//! include those that would do for a larger one, this never fails where some assignment succeeds: a pool that holds one
-//! buffer per live tensor at its largest size serves every smaller batch.
+//! A request takes the smallest free buffer that is large enough; where there is none, the largest free one grows. So a pool that holds
+//! one buffer per live tensor at its largest size soon serves every smaller batch.
 //!
 //! An input that is longer than the pool was made for makes it grow. It goes back to what it was made for after
 //! `QUIET` groups in a row that would have done with that ([`Workspace::is_due`]), so that rare long inputs are not paid

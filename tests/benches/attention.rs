@@ -14,9 +14,6 @@ use niwaki::kernels::layout::PANEL;
 use niwaki::kernels::{AttentionForm, Isa, KernelSet, f32_to_half};
 
 const HEADS: Heads = Heads { n_heads: 12, d_head: 32 };
-/// Queries of a block, as the INT8 player takes them.
-const BLOCK: usize = 48;
-
 /// Keys of every query: all, or a window of this many on either side.
 fn keys(len: usize, window: Option<usize>) -> Vec<QueryKeys> {
     let Some(window) = window else { return vec![QueryKeys::range(0, len); len] };
@@ -31,6 +28,8 @@ fn keys(len: usize, window: Option<usize>) -> Vec<QueryKeys> {
 struct Layer {
     qkv: Vec<u16>,
     len: usize,
+    /// Queries of a block, as the INT8 player takes them.
+    block: usize,
     keys: Vec<QueryKeys>,
     packed: Vec<CacheLine>,
     scratch: Vec<f32>,
@@ -38,17 +37,18 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(attention: &Attention, len: usize, window: Option<usize>) -> Self {
+    fn new(attention: &Attention, block: usize, len: usize, window: Option<usize>) -> Self {
         let value = |i: usize| f32_to_half(((i * 2_654_435_761) % 2_000) as f32 / 500.0 - 2.0);
         let keys = keys(len, window);
-        let widest = keys.chunks(BLOCK).map(|keys| attention.scratch(HEADS, keys)).max().unwrap_or(0);
+        let widest = keys.chunks(block).map(|keys| attention.scratch(HEADS, keys)).max().unwrap_or(0);
         Self {
             qkv: (0..HEADS.qkv_panels() * len * PANEL).map(value).collect(),
             len,
+            block,
             keys,
             packed: vec![CacheLine::ZERO; HEADS.n_heads * attention.packed_lines(HEADS, &KeySlots::NATURAL, len)],
             scratch: vec![0.0; widest],
-            out: vec![0.0; HEADS.d_context().div_ceil(PANEL) * BLOCK * PANEL],
+            out: vec![0.0; HEADS.d_context().div_ceil(PANEL) * block * PANEL],
         }
     }
 
@@ -59,8 +59,8 @@ impl Layer {
         for (head, packed) in self.packed.chunks_exact_mut(lines).enumerate() {
             attention.pack_head(&sequence, head, packed, &mut self.scratch);
         }
-        for (index, keys) in self.keys.chunks(BLOCK).enumerate() {
-            let queries = Queries { first: index * BLOCK, keys, step: 1 };
+        for (index, keys) in self.keys.chunks(self.block).enumerate() {
+            let queries = Queries { first: index * self.block, keys, step: 1 };
             attention.attend(
                 &sequence,
                 0..sequence.heads.n_heads,
@@ -97,7 +97,7 @@ fn attention(c: &mut Criterion) {
             for form in AttentionForm::ALL {
                 let Some(set) = KernelSet::new(isa).with_attention(form) else { continue };
                 let attention = set.attention(HEADS, 1);
-                let mut layer = Layer::new(&attention, len, window);
+                let mut layer = Layer::new(&attention, set.most_block_rows(), len, window);
                 group.bench_function(BenchmarkId::new(format!("{isa}"), format!("{form:?}")), |b| {
                     b.iter(|| layer.run(&attention));
                 });

@@ -160,7 +160,7 @@ fn statistics(criterion: &mut Criterion, set: &KernelSet) {
 fn ratios(set: &KernelSet, only: Option<usize>) {
     for (n_in, n_out) in SHAPES {
         let forms = forms(set, n_in, n_out);
-        for n_rows in ROWS.into_iter().filter(|rows| only.is_none_or(|only| *rows == only)) {
+        for n_rows in only.map_or(ROWS.to_vec(), |only| vec![only.max(1)]) {
             let x = Input::new(n_rows, n_in);
             let mut room = Room::new(n_in, n_out);
             let mut best = vec![Duration::MAX; forms.len()];
