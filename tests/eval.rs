@@ -173,6 +173,18 @@ fn a_reference_reads_texts_cut_at_the_same_length() {
 }
 
 #[test]
+fn a_classifier_is_measured_by_its_embeddings() {
+    let files = Files::new();
+    // One label: scores of length 1 would be the same for every text and every model.
+    let dir = model().with_file_name("roberta-reranker").display().to_string();
+    let texts = files.path("texts.txt");
+    let report = json(&["eval", "--json", "--model", &dir, "--texts", &texts, "--reference", &dir]);
+    let cosine = report["fidelity"]["min"].as_f64().unwrap();
+    assert!(cosine > 0.9 && cosine < 0.999_999, "INT8 against f32: {cosine}");
+    assert!(refused(&["embed", "--model", &dir]).contains("is a classifier"));
+}
+
+#[test]
 fn a_benchmark_needs_no_input_whatever_the_vocabulary() {
     let dir = model().display().to_string();
     let report = json(&["bench", "--json", "--model", &dir, "--length", "18", "--rounds", "2", "--warmup", "0"]);

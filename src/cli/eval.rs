@@ -113,6 +113,9 @@ pub(super) fn embed_lines(args: &super::args::EmbedArgs) -> anyhow::Result<()> {
     /// Lines that are embedded together; the first answer comes after this many, or at the end of the input.
     const LINES: usize = 256;
     let checkpoint = model::open(&args.model)?;
+    if checkpoint.architecture().head.is_some() {
+        bail!("{} is a classifier, which has scores and no embeddings: ask `niwaki serve` for them", checkpoint.name());
+    }
     let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
     let mut loaded = players::load(&checkpoint, &args.model, 1)?;
     let encode = encoder(&tokenizer, checkpoint.architecture().max_input_tokens);

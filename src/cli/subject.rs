@@ -67,7 +67,7 @@ impl Named {
     }
 }
 
-/// A model ready to be measured.
+/// A model ready to be measured: what it gives are embeddings, also of a classifier.
 pub(super) struct Subject {
     pub(super) checkpoint: Arc<Checkpoint>,
     pub(super) tokenizer: Tokenizer,
@@ -82,7 +82,7 @@ impl Subject {
         let resident_before = process::resident_bytes();
         let checkpoint = model::open(args)?;
         let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
-        let loaded = players::load(&checkpoint, args, n_workers)?;
+        let loaded = players::load_encoder(&checkpoint, args, n_workers)?;
         // As serving does: what was read once to be checked need not stay.
         checkpoint.release_pages();
         Ok(Self { checkpoint, tokenizer, loaded, precision: args.precision, resident_before })
