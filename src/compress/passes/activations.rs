@@ -53,7 +53,25 @@ struct Seen {
     high: f32,
 }
 
+/// `every`, or the next number that has no divisor in common with `width`: rows of that width then show every channel, and
+/// all of them equally often, where a divisor of the width would take the same few in every row.
+fn stride(every: usize, width: usize) -> usize {
+    let coprime = |stride: &usize| {
+        let (mut a, mut b) = (*stride, width);
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a == 1
+    };
+    (every.max(1)..).find(coprime).unwrap_or(1)
+}
+
 impl Seen {
+    /// For `n_tokens` rows of `width` values.
+    fn of_rows(n_tokens: usize, width: usize) -> Self {
+        Self::new(stride((n_tokens * width).div_ceil(MAX_SAMPLES), width))
+    }
+
     fn new(every: usize) -> Self {
         Self { every, passed: 0, samples: Vec::new(), low: f32::INFINITY, high: f32::NEG_INFINITY }
     }
@@ -128,8 +146,7 @@ impl CompressionPass for Activations {
             let d_model = architecture.d_model;
             [d_model, layer.d_context(), d_model, layer.d_ffn]
         });
-        let mut seen: Vec<Seen> =
-            widths.map(|width| Seen::new((text.n_tokens * width).div_ceil(MAX_SAMPLES).max(1))).collect();
+        let mut seen: Vec<Seen> = widths.map(|width| Seen::of_rows(text.n_tokens, width)).collect();
         progress.phase_started("ranges of activations", text.n_tokens as u64);
         let encoder = listening_encoder(&work.model)?;
         for batch in &text.batches {
@@ -202,5 +219,20 @@ mod tests {
         let mut same = Seen::new(1);
         same.add(&[0.5; 10]);
         assert!(same.range(&Activations { range: RangeMethod::MinMax, ..Activations::default() }).is_none());
+    }
+
+    #[test]
+    fn every_channel_is_sampled_equally_often() {
+        // 24 and 96 divide the widths: without a shift the same few channels would be taken in every row.
+        for (n_tokens, width) in [(12_500, 384), (12_500, 1_536), (100, 32)] {
+            let mut seen = Seen::of_rows(n_tokens, width);
+            let row: Vec<f32> = (0..width).map(|channel| channel as f32).collect();
+            (0..n_tokens).for_each(|_| seen.add(&row));
+            assert!(seen.samples.len() <= MAX_SAMPLES, "{}", seen.samples.len());
+            let mut counts = vec![0usize; width];
+            seen.samples.iter().for_each(|&channel| counts[channel as usize] += 1);
+            let (least, most) = (counts.iter().min().unwrap(), counts.iter().max().unwrap());
+            assert!(*least > 0 && most - least <= 1, "{n_tokens} rows of {width}: {least} to {most}");
+        }
     }
 }
