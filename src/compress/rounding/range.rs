@@ -19,7 +19,7 @@ pub enum RangeMethod {
     Entropy,
 }
 
-/// Ranges that are tried, as parts of the largest magnitude, from the widest; beyond 1 the outermost code is left to
+/// Ranges that are tried, as parts of the largest magnitude, from the narrowest; beyond 1 the outermost code is left to
 /// nobody, which pays for tables whose outer steps are wide.
 const RATIOS: std::ops::RangeInclusive<u8> = 10..=30;
 /// Rounds of refitting a scale to its own codes.
@@ -104,7 +104,10 @@ fn quantile(sorted: &[f32], part: f64) -> f32 {
     sorted[((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len()) - 1]
 }
 
-/// The lowest and highest value that should be representable, for codes with an offset. Always contains a value.
+/// The lowest and highest value that should be representable, for codes with an offset.
+///
+/// *Entropy*: clipped at `part` of the largest magnitude on either side of 0, around which most values lie: the middle of the
+/// range may hold none. Values that all lie beyond are covered whole.
 pub(in crate::compress) fn fit_affine(values: &[f32], n_steps: f32, method: RangeMethod, part: f64) -> (f32, f32) {
     let mut sorted = values.to_vec();
     sorted.sort_by(f32::total_cmp);
@@ -118,8 +121,9 @@ pub(in crate::compress) fn fit_affine(values: &[f32], n_steps: f32, method: Rang
         RangeMethod::Entropy => {
             #[allow(clippy::cast_possible_truncation, reason = "a ratio")]
             let ratio = part as f32;
-            let (middle, half) = ((low + high) / 2.0, (high - low) / 2.0 * ratio);
-            (middle - half, middle + half)
+            let kept = low.abs().max(high.abs()) * ratio;
+            let clipped = (low.max(-kept), high.min(kept));
+            if clipped.0 < clipped.1 { clipped } else { (low, high) }
         }
         RangeMethod::Mse => {
             let mut best = (f32::INFINITY, (low, high));
@@ -180,10 +184,12 @@ pub(in crate::compress) fn clip_ratio(magnitudes: impl Iterator<Item = f32>, gri
 
 fn divergence(histogram: &[f64], tail: f64, grid: &Grid) -> f64 {
     let n = histogram.len();
-    let total = histogram.iter().sum::<f64>() + tail;
-    if total <= 0.0 {
+    let covered = histogram.iter().sum::<f64>();
+    // What covers nothing keeps nothing.
+    if covered <= 0.0 {
         return f64::INFINITY;
     }
+    let total = covered + tail;
     // Which code the middle of each bin is rounded to.
     #[allow(clippy::cast_possible_truncation, reason = "a position within the range")]
     let code = |bin: usize| grid.round(((bin as f64 + 0.5) / n as f64) as f32 * grid.reach());
@@ -202,7 +208,7 @@ fn divergence(histogram: &[f64], tail: f64, grid: &Grid) -> f64 {
             if p > 0.0 {
                 // An empty last bin that receives the tail has nothing in Q: a small count stands for it.
                 let q = if count > 0.0 { merged / filled as f64 } else { 1e-3 };
-                sum += p / total * ((p / total) / (q / (total - tail).max(1e-9))).ln();
+                sum += p / total * ((p / total) / (q / covered)).ln();
             }
         }
         start = end;
@@ -255,6 +261,9 @@ mod tests {
         // Nothing far out: nothing to clip.
         let flat: Vec<f32> = (0..4_096u16).map(|i| f32::from(i) / 4_096.0).collect();
         assert!(clip_ratio(flat.into_iter(), &Grid::Bytes) > 0.9);
+        // Nothing near 0 either: a range without a value in it is none.
+        let far = (2_048..4_096u16).map(|i| f32::from(i) / 4_096.0);
+        assert!(clip_ratio(far, &Grid::Bytes) > 0.5);
     }
 
     #[test]
@@ -267,6 +276,12 @@ mod tests {
         let part = fit_affine(&values, 15.0, RangeMethod::Percentile, 0.9);
         let inside = values.iter().filter(|x| (part.0..=part.1).contains(*x)).count();
         assert!((880..=920).contains(&inside), "{inside}");
+        // Clipped where few values are, not around the middle between the extremes.
+        let mut outlier = normal(1_000, 5);
+        outlier[17] = 40.0;
+        let (low, high) = fit_affine(&outlier, 15.0, RangeMethod::Entropy, 0.1);
+        assert!(high == 4.0 && outlier.iter().filter(|x| (low..=high).contains(*x)).count() == 999, "{low} {high}");
+        assert_eq!(fit_affine(&[2.0, 3.0], 15.0, RangeMethod::Entropy, 0.1), (2.0, 3.0));
         assert_eq!(fit_scale(&[0.0; 4], None, &Grid::Bytes, RangeMethod::Mse, 1.0), 1.0);
     }
 }

@@ -242,6 +242,14 @@ impl<'a> Matrix<'a> {
     }
 
     /// Evenly spaced levels with a zero point of a quarter step's precision.
+    ///
+    /// ```text
+    /// w = s · (t − z),  t = −32, −28 … 28,  −128 ≤ t − z ≤ 127
+    /// s = max((high − low) / 60, high / 127, −low / 128),  z = −32 − low / s
+    /// ```
+    ///
+    /// 15 levels of 4 reach from `low` to `high`; where both lie far on one side of 0, the outermost code of 8 bits has to reach
+    /// the end that is farther off.
     fn affine_table(&self) -> ([i8; TABLE_LEN], Scales, Vec<i8>) {
         const STEP: i8 = 4;
         let table = linear_table(STEP);
@@ -249,8 +257,8 @@ impl<'a> Matrix<'a> {
         let (method, covered) = (self.settings.range(), self.covered(&Grid::of(table)));
         let bounds = |part: &[f32]| {
             let (low, high) = fit_affine(part, 15.0, method, covered);
-            let scale = half_scale(if high > low { (high - low) / 15.0 / step } else { low.abs().max(1e-6) / 64.0 });
-            // `scale · (table − zero)` starts at `low`; the code of every entry must stay within 8 bits.
+            let (span, above, below) = ((high - low) / 15.0 / step, high / 127.0, -low / 128.0);
+            let scale = half_scale(span.max(above).max(below).max(1e-6 / 64.0));
             (scale, (low_code - low / scale).round().clamp(-99.0, 96.0))
         };
         let scale = self.per_part(|part, _| bounds(part).0);

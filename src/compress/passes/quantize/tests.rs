@@ -170,3 +170,19 @@ fn costs_draw_precision_to_where_they_are() {
     };
     assert!(error(&weighted) < 0.8 * error(&Costs::default()));
 }
+
+#[test]
+fn levels_with_an_offset_reach_values_far_from_zero() {
+    let far: Vec<f32> = (0..ROWS * COLS).map(|at| 0.3 + 0.01 * (at % 4) as f32).collect();
+    for sign in [1.0, -1.0] {
+        let values: Vec<f32> = far.iter().map(|value| sign * value).collect();
+        for bits in [4, 8] {
+            let settings = Quantize { bits, symmetric: false, per: Per::Group, group_size: 16, ..Quantize::default() };
+            let form = store(&settings, &values, COLS, &Costs::default()).form;
+            form.check(ROWS, COLS).unwrap();
+            // Half of a level, 4 / 127 of what is farthest off.
+            let most = values.iter().zip(form.to_f32(COLS)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(most < 0.33 * 4.0 / 127.0 / 2.0 * 1.1, "{bits} bits, {sign}: {most}");
+        }
+    }
+}
