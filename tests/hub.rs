@@ -480,3 +480,28 @@ fn a_full_disk_is_called_by_its_name() {
     let error = client.download().unwrap_err();
     assert!(matches!(error, HubError::DiskFull { .. }), "{error}");
 }
+
+#[test]
+fn the_binary_reads_the_cache_s_variables_as_hugging_face_tools_do() {
+    let (cache, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let home_dir = home.path().to_str().unwrap();
+    let run = |variables: &[(&str, &str)]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_niwaki"))
+            .args(["embed", "--model-id", MODEL])
+            .env_remove("MODEL")
+            .env_remove("HF_HUB_CACHE")
+            .envs([("HF_HUB_OFFLINE", "1"), ("HF_HOME", home_dir)])
+            .envs(variables.iter().copied())
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let cache_dir = cache.path().to_str().unwrap();
+    let error = run(&[("HF_HUB_CACHE", cache_dir), ("HUGGINGFACE_HUB_CACHE", "/nowhere")]);
+    assert!(error.contains(cache_dir), "{error}");
+    // What is empty says nothing.
+    let error = run(&[("HF_TOKEN", ""), ("HUGGINGFACE_HUB_CACHE", "")]);
+    assert!(error.contains(home_dir), "{error}");
+}

@@ -1,4 +1,5 @@
-//! Flags as they are typed. Every flag is also an environment variable; `--help` is the manual.
+//! Flags as they are typed. Every flag of `serve` is also an environment variable; `--help` is the manual. Those of the hub have
+//! no `env` here: its variables are several for one flag, and read where Hugging Face's rules for them are kept.
 
 use std::path::PathBuf;
 
@@ -47,11 +48,12 @@ pub(super) struct ModelArgs {
     /// Branch, tag or commit of --model-id.
     #[arg(long, env = "REVISION", default_value = "main")]
     pub(super) revision: String,
-    /// Access token of the hub.
-    #[arg(long, env = "HF_TOKEN", hide_env_values = true)]
+    /// Access token of the hub (default: $HF_TOKEN, $HUGGING_FACE_HUB_TOKEN, $HF_API_TOKEN, or the file $HF_TOKEN_PATH or
+    /// $HF_HOME/token).
+    #[arg(long, value_name = "TOKEN")]
     pub(super) hf_token: Option<String>,
-    /// Where downloads are kept (default: $HF_HOME/hub or ~/.cache/huggingface/hub).
-    #[arg(long, env = "HUGGINGFACE_HUB_CACHE", value_name = "DIR")]
+    /// Where downloads are kept (default: $HF_HUB_CACHE, $HUGGINGFACE_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub).
+    #[arg(long, value_name = "DIR")]
     pub(super) huggingface_hub_cache: Option<PathBuf>,
     /// Numbers to compute with. An f32 checkpoint is quantized when it is loaded for int8.
     #[arg(long, env = "PRECISION", value_enum, default_value_t = Precision::Int8)]

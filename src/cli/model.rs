@@ -52,7 +52,8 @@ pub(super) fn open_place(place: Option<&Place>, args: &ModelArgs) -> anyhow::Res
 
 fn download(args: &ModelArgs, id: &str) -> anyhow::Result<PathBuf> {
     let mut config = hub::HubConfig::from_env(&|name| std::env::var(name).ok());
-    if let Some(token) = &args.hf_token {
+    // `from_env` has read the variables, by the rules of Hugging Face's own tools.
+    if let Some(token) = args.hf_token.as_ref().filter(|token| !token.is_empty()) {
         config.token = Some(token.clone());
     }
     if let Some(cache) = &args.huggingface_hub_cache {

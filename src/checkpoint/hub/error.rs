@@ -38,7 +38,7 @@ pub enum HubError {
         reason: String,
     },
     /// Nowhere to put files.
-    #[error("no cache directory: set HF_HOME or HUGGINGFACE_HUB_CACHE, or give --huggingface-hub-cache")]
+    #[error("no cache directory: set HF_HOME or HF_HUB_CACHE, or give --huggingface-hub-cache")]
     NoCacheDir,
     /// The hub does not answer.
     #[error(
