@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -242,6 +243,29 @@ fn models_are_compared_in_a_table_and_on_a_page() {
     assert!(lines[1].contains("bert (f32)") && lines[2].contains("bert (INT8 at load)"), "{table}");
     assert!(table.contains("cosine") && table.contains("p 0.000"), "{table}");
     assert!(refused(&["compare", &dir]).contains("2 values required"));
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let files = Files::new();
+    let (dir, pairs) = (model().display().to_string(), files.path("pairs.tsv"));
+    for args in [&["inspect", "--json"][..], &["embed", "--model", &dir], &["eval", "--model", &dir, "--sts", &pairs]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_niwaki"));
+        command.args(args).env_remove("MODEL").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        drop(child.stdout.take());
+        // Who asks for no input may be gone already.
+        drop(child.stdin.take().unwrap().write_all(b"hi\nthere\n"));
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !said.contains("niwaki:") && !said.contains("panicked"), "{args:?}: {said}");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_niwaki"));
+    let command = command.args(["eval", "--model", &dir, "--sts", &pairs]).env_remove("MODEL").stdin(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("Spearman"));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::args::{CompareArgs, Precision};
+use super::output::print;
 use super::progress::Bars;
 use super::subject::Subject;
 use super::tasks::{Differences, Measured, Tasks};
@@ -139,13 +140,11 @@ pub(super) fn run(args: &CompareArgs) -> anyhow::Result<()> {
         let page = compare_page::page(&entries, &machine);
         std::fs::write(path, page).with_context(|| format!("--out {}", path.display()))?;
     }
-    if args.json {
-        println!("{}", json!({"machine": machine, "models": entries}));
-    } else {
-        print!("{}", text_table(&columns(&entries)));
-        print!("{}", difference_lines(&entries));
-    }
-    Ok(())
+    let text = match args.json {
+        true => format!("{}\n", json!({"machine": machine, "models": entries})),
+        false => text_table(&columns(&entries)) + &difference_lines(&entries),
+    };
+    Ok(print(|out| out.write_all(text.as_bytes()))?)
 }
 
 /// Models of the same name are told apart by their place.

@@ -1,7 +1,10 @@
 //! `niwaki compress`: a request from flags, progress on standard error, what came out on standard output.
 
+use std::io::{self, Write};
+
 use super::args::CompressArgs;
 use super::model::max_input_tokens;
+use super::output::print;
 use super::progress::Bars;
 use crate::compress::{
     Attention, AttentionPattern, CompressRequest, Outcome, Progress, PruneStructured, Quantize, Recipe, Reconstruct,
@@ -75,35 +78,42 @@ pub(super) fn run(args: &CompressArgs) -> anyhow::Result<()> {
         ..CompressRequest::new(&args.model, &args.out, recipe(args)?)
     };
     let runtime = Runtime::new(Isa::detect(), process::available_cpus())?;
-    print(&compress(&request, &runtime, &Bars::new())?);
-    Ok(())
+    let outcome = compress(&request, &runtime, &Bars::new())?;
+    Ok(print(|out| describe(&outcome, out))?)
 }
 
-fn print(outcome: &Outcome) {
+fn describe(outcome: &Outcome, out: &mut dyn Write) -> io::Result<()> {
     let manifest = &outcome.manifest;
-    println!("{}", outcome.out.display());
-    println!(
+    writeln!(out, "{}", outcome.out.display())?;
+    writeln!(
+        out,
         "tensors: {:.1} MB, {:.1} MB before",
         manifest.size.artefact_bytes as f64 / 1e6,
         manifest.size.source_bytes as f64 / 1e6
-    );
+    )?;
     if let Some(pruning) = &manifest.pruning {
         let kept =
             |layers: &[(usize, usize)]| layers.iter().map(|(_, after)| after.to_string()).collect::<Vec<_>>().join(" ");
-        println!("heads kept per layer: {}", kept(&pruning.heads));
-        println!("FFN neurons kept per layer: {}", kept(&pruning.ffn));
+        writeln!(out, "heads kept per layer: {}", kept(&pruning.heads))?;
+        writeln!(out, "FFN neurons kept per layer: {}", kept(&pruning.ffn))?;
         let (before, after) = pruning.macs_per_token;
-        println!("multiply-accumulates per token: {after}, {:.1} % of {before}", after as f64 / before as f64 * 100.0);
+        writeln!(
+            out,
+            "multiply-accumulates per token: {after}, {:.1} % of {before}",
+            after as f64 / before as f64 * 100.0
+        )?;
     }
     for pass in &outcome.report.passes {
         for note in &pass.notes {
-            println!("{}: {note}", pass.kind);
+            writeln!(out, "{}: {note}", pass.kind)?;
         }
     }
     if let Some(quality) = &manifest.quality {
-        println!(
+        writeln!(
+            out,
             "cosine to the uncompressed model on {} texts of {}: mean {:.5}, 1st percentile {:.5}, smallest {:.5}",
             quality.n_texts, quality.measured_on, quality.cosine_mean, quality.cosine_p1, quality.cosine_min
-        );
+        )?;
     }
+    Ok(())
 }

@@ -4,6 +4,7 @@ use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 use super::args::{EvalArgs, ModelArgs, Precision};
+use super::output::print;
 use super::progress::Bars;
 use super::subject::{Named, Subject, speed_line};
 use super::tasks::Tasks;
@@ -79,12 +80,7 @@ pub(super) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         report["against"] = against;
         report["differences"] = difference;
     }
-    if args.json {
-        println!("{report}");
-    } else {
-        print!("{lines}");
-    }
-    Ok(())
+    Ok(print(|out| if args.json { writeln!(out, "{report}") } else { out.write_all(lines.as_bytes()) })?)
 }
 
 /// What was measured, with what it was measured on.
@@ -109,7 +105,7 @@ fn memory_line(memory: &Value) -> String {
 
 /// Rows of the lines on standard input, for `niwaki embed`.
 pub(super) fn embed_lines(args: &super::args::EmbedArgs) -> anyhow::Result<()> {
-    use std::io::{BufRead, Write};
+    use std::io::BufRead;
     /// Lines that are embedded together; the first answer comes after this many, or at the end of the input.
     const LINES: usize = 256;
     let checkpoint = model::open(&args.model)?;
@@ -120,7 +116,6 @@ pub(super) fn embed_lines(args: &super::args::EmbedArgs) -> anyhow::Result<()> {
     let mut loaded = players::load(&checkpoint, &args.model, 1)?;
     let encode = encoder(&tokenizer, checkpoint.architecture().max_input_tokens);
     let mut input = std::io::stdin().lock();
-    let mut output = std::io::BufWriter::new(std::io::stdout().lock());
     let mut number = 0;
     loop {
         let mut lines = Vec::with_capacity(LINES);
@@ -137,11 +132,12 @@ pub(super) fn embed_lines(args: &super::args::EmbedArgs) -> anyhow::Result<()> {
         }
         let texts: Vec<&str> = lines.iter().map(String::as_str).collect();
         let rows = embed(&mut *loaded.workers[0], &encode, &texts, |_| {})?;
-        for index in 0..rows.len() {
-            serde_json::to_writer(&mut output, rows.row(index))?;
-            output.write_all(b"\n")?;
-        }
+        print(|out| {
+            (0..rows.len()).try_for_each(|index| {
+                serde_json::to_writer(&mut *out, rows.row(index))?;
+                out.write_all(b"\n")
+            })
+        })?;
     }
-    output.flush()?;
     Ok(())
 }

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::args::InspectArgs;
 use super::default_model;
+use super::output::print;
 use crate::checkpoint::{Checkpoint, Inventory, Manifest, MatrixInfo, OpenOptions};
 use crate::model::{Band, ValueRange};
 
@@ -20,8 +21,8 @@ pub(super) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     if args.json {
         print_json(&checkpoint, &inventory)
     } else {
-        print!("{}", text(&checkpoint, &inventory, args.matrices));
-        Ok(())
+        let text = text(&checkpoint, &inventory, args.matrices);
+        Ok(print(|out| out.write_all(text.as_bytes()))?)
     }
 }
 
@@ -69,8 +70,7 @@ fn print_json(checkpoint: &Checkpoint, inventory: &Inventory) -> anyhow::Result<
         "matrices": inventory.matrices,
         "manifest": checkpoint.manifest(),
     });
-    println!("{}", serde_json::to_string_pretty(&value)?);
-    Ok(())
+    Ok(print(|out| writeln!(out, "{value:#}"))?)
 }
 
 fn band_words(band: &Band, max_input_tokens: usize) -> String {

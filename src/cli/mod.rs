@@ -10,6 +10,7 @@ mod eval;
 mod health;
 mod inspect;
 mod model;
+mod output;
 mod parse;
 mod players;
 mod progress;
@@ -17,12 +18,12 @@ mod serve;
 mod subject;
 mod tasks;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use args::{Cli, Command};
+use output::OutputError;
 
 /// Runs the program. Usage errors, unreadable models and bad input end with exit code 2 and one line on standard error.
 #[must_use]
@@ -40,10 +41,10 @@ pub fn run() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // A closed pipe is the reader's way to say that it has enough.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref().is_some_and(OutputError::is_closed) => ExitCode::SUCCESS,
         Err(error) => {
             // Where nobody can be told, the exit code still can.
-            drop(writeln!(std::io::stderr(), "niwaki: {}", in_one_line(&error)));
+            output::tell(format_args!("niwaki: {}", in_one_line(&error)));
             ExitCode::from(2)
         }
     }
@@ -56,10 +57,4 @@ fn in_one_line(error: &anyhow::Error) -> String {
         .skip(1)
         .map(ToString::to_string)
         .fold(error.to_string(), |line, cause| if line.ends_with(&cause) { line } else { format!("{line}: {cause}") })
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-    })
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::output::tell;
 use crate::checkpoint::hub::HubProgress;
 
 /// Without a terminal, a phase that goes on is mentioned this often.
@@ -42,7 +43,7 @@ impl Bars {
             }
             bar
         } else {
-            eprintln!("{name} …");
+            tell(format_args!("{name} …"));
             let bar = ProgressBar::hidden();
             if let Some(total) = total {
                 bar.set_length(total);
@@ -62,9 +63,9 @@ impl Bars {
                 current.last_line = Instant::now();
                 match current.bar.length() {
                     Some(total) if total > 0 => {
-                        eprintln!("{} … {} %", current.name, current.bar.position() * 100 / total);
+                        tell(format_args!("{} … {} %", current.name, current.bar.position() * 100 / total));
                     }
-                    _ => eprintln!("{} … {}", current.name, current.bar.position()),
+                    _ => tell(format_args!("{} … {}", current.name, current.bar.position())),
                 }
             }
         }
@@ -73,7 +74,7 @@ impl Bars {
     pub(super) fn finish(&self) {
         if let Some(current) = self.lock().take() {
             current.bar.finish_and_clear();
-            eprintln!("{}: {:.1} s", current.name, current.started.elapsed().as_secs_f64());
+            tell(format_args!("{}: {:.1} s", current.name, current.started.elapsed().as_secs_f64()));
         }
     }
 
@@ -104,6 +105,6 @@ impl HubProgress for Bars {
     }
 
     fn waiting(&self, file: &str, reason: &str, delay: Duration) {
-        eprintln!("{file}: {reason}; trying again in {:.1} s", delay.as_secs_f64());
+        tell(format_args!("{file}: {reason}; trying again in {:.1} s", delay.as_secs_f64()));
     }
 }

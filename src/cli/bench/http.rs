@@ -1,6 +1,7 @@
 //! Load on a running server: closed loop (each client waits for its answer) or open loop (requests arrive at a rate).
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use super::super::args::BenchArgs;
+use super::super::output::print;
 use super::{input, percentile};
 
 /// Where requests go, and what they say.
@@ -64,12 +66,7 @@ pub(super) fn run(url: &str, args: &BenchArgs) -> anyhow::Result<()> {
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("the async runtime")?;
     let report = runtime.block_on(measure(&target, args))?;
-    if args.json {
-        println!("{report}");
-    } else {
-        print_table(&report);
-    }
-    Ok(())
+    Ok(print(|out| if args.json { writeln!(out, "{report}") } else { write_table(&report, out) })?)
 }
 
 async fn measure(target: &Arc<Target>, args: &BenchArgs) -> anyhow::Result<Value> {
@@ -246,25 +243,27 @@ async fn server_memory(target: &Target) -> Value {
     json!({"resident_bytes": value("process_resident_memory_bytes")})
 }
 
-fn print_table(report: &Value) {
+fn write_table(report: &Value, out: &mut dyn Write) -> io::Result<()> {
     let number = |path: &str| report.pointer(path).and_then(Value::as_f64).unwrap_or_default();
     match report["offered_per_s"].as_f64() {
-        Some(rate) => println!("{}: {rate} requests/s offered", report["url"].as_str().unwrap_or_default()),
-        None => println!("{}: {} clients", report["url"].as_str().unwrap_or_default(), report["clients"]),
+        Some(rate) => writeln!(out, "{}: {rate} requests/s offered", report["url"].as_str().unwrap_or_default())?,
+        None => writeln!(out, "{}: {} clients", report["url"].as_str().unwrap_or_default(), report["clients"])?,
     }
-    println!("answered       {:.1} requests/s over {} s", number("/requests_per_s"), report["seconds"]);
+    writeln!(out, "answered       {:.1} requests/s over {} s", number("/requests_per_s"), report["seconds"])?;
     if !report["latency_ms"].is_null() {
-        println!(
+        writeln!(
+            out,
             "latency        p50 {:.2} ms   p90 {:.2}   p95 {:.2}   p99 {:.2}   max {:.2}",
             number("/latency_ms/p50"),
             number("/latency_ms/p90"),
             number("/latency_ms/p95"),
             number("/latency_ms/p99"),
             number("/latency_ms/max")
-        );
+        )?;
     }
-    println!("statuses       {}", report["statuses"]);
+    writeln!(out, "statuses       {}", report["statuses"])?;
     if let Some(bytes) = report.pointer("/server/resident_bytes").and_then(Value::as_f64) {
-        println!("server memory  {:.1} MB resident", bytes / 1e6);
+        writeln!(out, "server memory  {:.1} MB resident", bytes / 1e6)?;
     }
+    Ok(())
 }

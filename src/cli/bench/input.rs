@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 use super::super::args::BenchArgs;
+use super::super::output::tell;
 use crate::text::Tokenizer;
 
 /// One input.
@@ -39,9 +40,9 @@ pub(super) fn into_ids(inputs: Vec<Input>, tokenizer: &Tokenizer, max_tokens: us
     let n_cut = sequences.iter().filter(|ids| ids.len() > max_tokens).count();
     if n_cut > 0 {
         let of = sequences.len();
-        eprintln!(
+        tell(format_args!(
             "{n_cut} of {of} inputs are cut to the model's {max_tokens} tokens; --max-input-length allows others"
-        );
+        ));
     }
     sequences.iter_mut().for_each(|ids| ids.truncate(max_tokens));
     Ok(sequences)

@@ -1,11 +1,13 @@
 //! In process. A sample is one forward call. Rounds are interleaved over nothing else here; to compare programs, run them in turn.
 
+use std::io::{self, Write};
 use std::time::Duration;
 
 use anyhow::bail;
 use serde_json::{Value, json};
 
 use super::super::args::{BenchArgs, Precision};
+use super::super::output::print;
 use super::super::{model, players};
 use super::{input, percentile, profile};
 use crate::eval::{self, Pass};
@@ -75,59 +77,66 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "operations": operations,
         "memory": {"weights": weights, "workspace_peak": workspace, "rss": process::resident_bytes()},
     });
-    if args.json {
-        println!("{report}");
-    } else {
-        print_table(&report);
-    }
-    Ok(())
+    Ok(print(|out| if args.json { writeln!(out, "{report}") } else { write_table(&report, out) })?)
 }
 
-fn print_table(report: &Value) {
+fn write_table(report: &Value, out: &mut dyn Write) -> io::Result<()> {
     let number = |path: &str| report.pointer(path).and_then(Value::as_f64).unwrap_or_default();
     let count = |path: &str| report.pointer(path).and_then(Value::as_u64).unwrap_or_default();
-    println!(
+    writeln!(
+        out,
         "{} on {} with {} threads, {} batches at once",
         report["model"].as_str().unwrap_or_default(),
         report["isa"].as_str().unwrap_or_default(),
         count("/threads"),
         count("/workers")
-    );
-    println!(
+    )?;
+    writeln!(
+        out,
         "{} sequences, {} tokens in {} batches, {} rounds",
         count("/sequences"),
         count("/tokens"),
         count("/batches"),
         count("/rounds")
-    );
-    println!(
+    )?;
+    writeln!(
+        out,
         "a batch        p50 {:.3} ms   p90 {:.3}   p99 {:.3}   min {:.3}",
         number("/latency_ms/p50"),
         number("/latency_ms/p90"),
         number("/latency_ms/p99"),
         number("/latency_ms/min")
-    );
-    println!("throughput     {:.0} sequences/s, {:.0} tokens/s", number("/sequences_per_s"), number("/tokens_per_s"));
-    println!(
+    )?;
+    writeln!(
+        out,
+        "throughput     {:.0} sequences/s, {:.0} tokens/s",
+        number("/sequences_per_s"),
+        number("/tokens_per_s")
+    )?;
+    writeln!(
+        out,
         "arithmetic     {:.0} GMAC/s, {:.0} % of the {:.0} GMAC/s that the processor reaches",
         number("/gmac_per_s"),
         number("/share_of_peak") * 100.0,
         number("/peak_gmac_per_s")
-    );
+    )?;
     for row in report["operations"].as_array().into_iter().flatten() {
-        println!(
+        writeln!(
+            out,
             "  {:<14}{:>10.1} us {:>6.1} %",
             row["operation"].as_str().unwrap_or_default(),
             row["us"].as_f64().unwrap_or_default(),
             row["share"].as_f64().unwrap_or_default() * 100.0
-        );
+        )?;
     }
-    println!(
+    writeln!(
+        out,
         "memory         weights {:.1} MB, workspace {:.1} MB at peak, resident {:.1} MB",
         number("/memory/weights") / 1e6,
         number("/memory/workspace_peak") / 1e6,
         number("/memory/rss") / 1e6
-    );
+    )?;
+    Ok(())
 }
 
 /// Multiply-accumulates of a sequence: linear maps, and the score and value products inside the band.
