@@ -226,6 +226,8 @@ fn models_are_compared_in_a_table_and_on_a_page() {
     assert!(models[0]["differences"].is_null() && models[0]["throughput_ratio"] == 1.0);
     assert!(models[1]["differences"]["spearman"]["p_value"].is_number());
     assert!(models[2]["recorded"]["cosine_mean"].as_f64().unwrap() > 0.5);
+    let grown = |at: usize| models[at]["memory"]["resident_growth_bytes"].as_u64().unwrap();
+    assert!(grown(0) < grown(2), "what is opened later is not counted: {} {}", grown(0), grown(2));
     let groups = models[2]["inventory"]["groups"].as_array().unwrap();
     let bytes: u64 = groups.iter().map(|group| group["bytes"].as_u64().unwrap()).sum();
     let file = models[2]["weight_file_bytes"].as_u64().unwrap();

@@ -10,12 +10,14 @@ use super::args::{ModelArgs, Place, Precision};
 use super::model;
 use super::players::{self, Loaded};
 use crate::checkpoint::Checkpoint;
-use crate::eval::{EncodeError, EvalError, Speed, encoder};
+use crate::eval::{EncodeError, EvalError, Speed, SpeedSettings, batches, encoder, made_up_sequences, play};
 use crate::telemetry::process;
 use crate::text::Tokenizer;
 
 /// The model inside the binary, where a directory is asked for.
 const BUILTIN: &str = "@builtin";
+/// Inputs that a model plays before its memory is read.
+const WARM_UP_INPUTS: usize = 32;
 
 /// A directory with the numbers to compute with: `DIR`, `DIR@f32`, `DIR@int8` or `@builtin`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,8 +75,8 @@ pub(super) struct Subject {
     pub(super) tokenizer: Tokenizer,
     pub(super) loaded: Loaded,
     pub(super) precision: Precision,
-    /// By how much the process grew when the model was loaded and used.
-    resident_before: Option<u64>,
+    /// By how much the process grew when the model was loaded and first used, before the next model was opened.
+    grown: Option<u64>,
 }
 
 impl Subject {
@@ -82,10 +84,15 @@ impl Subject {
         let resident_before = process::resident_bytes();
         let checkpoint = model::open(args)?;
         let tokenizer = Tokenizer::from_bytes(checkpoint.tokenizer_json())?;
-        let loaded = players::load_encoder(&checkpoint, args, n_workers)?;
+        let mut loaded = players::load_encoder(&checkpoint, args, n_workers)?;
         // As serving does: what was read once to be checked need not stay.
         checkpoint.release_pages();
-        Ok(Self { checkpoint, tokenizer, loaded, precision: args.precision, resident_before })
+        // Every worker's workspace, and the pages that any input touches.
+        let inputs = made_up_sequences(checkpoint.architecture(), WARM_UP_INPUTS, 0);
+        let inputs = batches(&inputs, SpeedSettings::default().batch_tokens, None)?;
+        loaded.workers.iter_mut().try_for_each(|worker| play(std::slice::from_mut(worker), &inputs).map(drop))?;
+        let grown = process::resident_bytes().zip(resident_before).map(|(now, then)| now.saturating_sub(then));
+        Ok(Self { checkpoint, tokenizer, loaded, precision: args.precision, grown })
     }
 
     /// What to call it: its name, with the precision where the files do not tell it.
@@ -123,17 +130,16 @@ impl Subject {
             + other("tokenizer.json").unwrap_or(self.checkpoint.tokenizer_json().len() as u64)
     }
 
-    /// Bytes held in memory now: those that the model counts itself, and the growth of the process since before it was
-    /// opened. Models that were opened before are not counted; what their loading left behind can be reused.
+    /// Bytes held in memory: those that the model counts itself now, and the growth of the process when it was opened and played
+    /// inputs of up to 128 tokens. Other models are not counted; what the loading of earlier ones left behind can be reused.
     pub(super) fn memory(&self) -> Value {
         let workers = self.loaded.workers.iter().map(|worker| worker.memory());
-        let grown = process::resident_bytes().zip(self.resident_before).map(|(now, then)| now.saturating_sub(then));
         json!({
             "on_disk_bytes": self.size_on_disk(),
             "weight_file_bytes": self.checkpoint.weights_bytes(),
             "weights_bytes": workers.clone().map(|memory| memory.weights).max(),
             "workspace_peak_bytes": workers.map(|memory| memory.workspace_peak).sum::<usize>(),
-            "resident_growth_bytes": grown,
+            "resident_growth_bytes": self.grown,
         })
     }
 }
