@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use niwaki::checkpoint::{Checkpoint, OpenOptions};
-use niwaki::compress::{CompressRequest, Recipe, Silent, compress};
+use niwaki::checkpoint::{Checkpoint, OpenOptions, TensorGroup};
+use niwaki::compress::{CompressRequest, Recipe, Silent, Weights, compress};
 use niwaki::exec::int8_build::{GROUP_TOKENS, Int8Model};
 use niwaki::exec::{Runtime, candle_model};
 use niwaki::kernels::threads::Cores;
@@ -154,9 +154,20 @@ fn compressed_they_keep_their_head() {
         let report = compress(&CompressRequest::new(dir(name), &out, Recipe::new(0)), &runtime, &Silent).unwrap();
         assert_eq!(report.manifest.schemes["head"], "f32");
         assert!(!out.join("modules.json").exists(), "{name} is no sentence encoder");
+        let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+        let task = if labels.len() == 1 { "text-ranking" } else { "text-classification" };
+        assert!(card.contains(&format!("pipeline_tag: {task}\n")), "{name}: {card}");
         let source = Checkpoint::open(&dir(name)).unwrap();
         let artefact = Checkpoint::open(&out).unwrap();
         assert_eq!(artefact.architecture().head, source.architecture().head, "{name}");
+        // The head is counted as what it is, while a model is under work and when it is written.
+        let inventory = artefact.inventory().unwrap();
+        let width = source.architecture().d_model as u64;
+        let head = 4 * (width + labels.len() as u64) * (width + 1);
+        assert_eq!(inventory.bytes_of(TensorGroup::Head), head, "{name}");
+        assert!(source.inventory().unwrap().bytes_of(TensorGroup::Head) > 0, "{name}");
+        assert_eq!(inventory.bytes_of(TensorGroup::Unused), 0, "{name}");
+        assert_eq!(Weights::load(&artefact).unwrap().bytes(), report.manifest.size.artefact_bytes, "{name}");
         // The self-check's numbers are PyTorch's, and what the artefact gives is as far from them as it says.
         let mut reference = candle_model(&source).unwrap();
         let mut compressed = candle_model(&artefact).unwrap();

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Checkpoint, CheckpointError, hf_names};
-use crate::model::LinearSlot;
+use crate::model::{HeadSlot, LinearSlot};
 use crate::quant::Weight;
 
 /// Tensors that belong together.
@@ -20,14 +20,23 @@ pub enum TensorGroup {
     Ffn,
     /// LayerNorms and biases.
     NormsAndBiases,
+    /// The classification head.
+    Head,
     /// What the encoder does not read.
     Unused,
 }
 
 impl TensorGroup {
     /// All, in the order of a forward.
-    pub const ALL: [Self; 6] =
-        [Self::WordEmbedding, Self::OtherEmbeddings, Self::Attention, Self::Ffn, Self::NormsAndBiases, Self::Unused];
+    pub const ALL: [Self; 7] = [
+        Self::WordEmbedding,
+        Self::OtherEmbeddings,
+        Self::Attention,
+        Self::Ffn,
+        Self::NormsAndBiases,
+        Self::Head,
+        Self::Unused,
+    ];
 
     /// For readers.
     #[must_use]
@@ -38,6 +47,7 @@ impl TensorGroup {
             Self::Attention => "attention",
             Self::Ffn => "FFN",
             Self::NormsAndBiases => "norms and biases",
+            Self::Head => "head",
             Self::Unused => "unused",
         }
     }
@@ -265,10 +275,30 @@ impl Checkpoint {
         }
         let rest = &mut groups[TensorGroup::NormsAndBiases as usize];
         (rest.bytes, rest.elements, rest.forms) = (biases, biases / 4, vec!["f32".to_owned()]);
-        let unused = self.bytes_under_any("").saturating_sub(used + biases);
+        let head: u64 = HeadSlot::ALL.into_iter().map(|slot| self.head_bytes(slot)).sum();
+        let elements = HeadSlot::ALL.map(|slot| slot.shape(spec)).map(|(n_out, n_in)| n_out * (n_in + 1));
+        let entry = &mut groups[TensorGroup::Head as usize];
+        (entry.bytes, entry.elements) = (head, elements.into_iter().sum::<usize>() as u64);
+        entry.forms = vec!["f32".to_owned()];
+        let unused = self.bytes_under_any("").saturating_sub(used + biases + head);
         groups[TensorGroup::Unused as usize].bytes = unused;
         groups.retain(|entry| entry.bytes > 0);
         Ok(Inventory { groups, matrices })
+    }
+
+    /// Bytes of a linear layer of the head, which stands at the root or, as a pooler does, behind the prefix.
+    fn head_bytes(&self, slot: HeadSlot) -> u64 {
+        let spec = self.architecture();
+        if spec.head.is_none() {
+            return 0;
+        }
+        let size = |wanted: &str| self.tensor_sizes().find(|(name, _)| *name == wanted).map(|(_, bytes)| bytes as u64);
+        let module = hf_names::head_module(spec.family, slot);
+        let of = |part: &str| {
+            let name = format!("{module}.{part}");
+            size(&name).or_else(|| size(&format!("{}{name}", self.prefix()))).unwrap_or(0)
+        };
+        of("weight") + of("bias")
     }
 
     /// Bytes of all tensors whose name starts so, behind the prefix that this checkpoint has.

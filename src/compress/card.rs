@@ -14,6 +14,15 @@ pub(super) fn license_of(card: &str) -> Option<String> {
         .filter(|license| !license.is_empty())
 }
 
+/// What the model is for, in the hub's words, and a tag; a head with one label ranks texts, as for `serve`.
+fn task(manifest: &Manifest) -> (&'static str, &'static str) {
+    match manifest.architecture.head.as_ref().map(|head| head.labels.len()) {
+        None => ("sentence-similarity", "sentence-embeddings"),
+        Some(1) => ("text-ranking", "cross-encoder"),
+        Some(_) => ("text-classification", "text-classification"),
+    }
+}
+
 fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
@@ -24,7 +33,8 @@ pub(super) fn card(manifest: &Manifest) -> String {
     if let Some(license) = &manifest.source.license {
         line(&mut text, &format!("license: {license}"));
     }
-    line(&mut text, "pipeline_tag: sentence-similarity\ntags:\n- sentence-embeddings\n- int8\n---\n");
+    let (task, tag) = task(manifest);
+    line(&mut text, &format!("pipeline_tag: {task}\ntags:\n- {tag}\n- int8\n---\n"));
     line(&mut text, &format!("# {}\n", manifest.model));
     line(
         &mut text,

@@ -21,7 +21,7 @@ use crate::checkpoint::{
 use crate::eval::{Contender, Encode, SpeedSettings, compare, encoder, made_up_sequences, measure_speed};
 use crate::exec::cost::linear_macs_per_token;
 use crate::exec::{Runtime, candle_model};
-use crate::model::{Architecture, Forward, LayerConfig};
+use crate::model::{Architecture, Forward, HeadSlot, LayerConfig};
 use crate::text::Tokenizer;
 
 /// Texts kept apart from calibration to measure the result on.
@@ -333,7 +333,9 @@ fn estimated_bytes(spec: &Architecture) -> u64 {
     // Biases, scales, norms: a few vectors a layer, as wide as the widest.
     let vectors: usize =
         spec.layers.iter().map(|layer| 8 * (layer.d_ffn + 4 * layer.d_context() + 6 * spec.d_model)).sum();
-    tables + linears + vectors as u64
+    // A head stays in f32.
+    let head = HeadSlot::ALL.map(|slot| slot.shape(spec)).map(|(n_out, n_in)| 4 * n_out * (n_in + 1));
+    tables + linears + vectors as u64 + head.into_iter().sum::<usize>() as u64
 }
 
 /// Refuses when the file system of `out` has less room than the artefact takes.

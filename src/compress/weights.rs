@@ -249,7 +249,8 @@ impl Weights {
         let matrices: u64 = self.slots().into_iter().map(|slot| self.matrix_bytes(slot)).sum();
         let biases: usize = self.linears.values().map(|linear| linear.bias.len()).sum();
         let norms: usize = self.norms.values().map(|norm| norm.gain.len() + norm.bias.len()).sum();
-        matrices + 4 * (biases + norms) as u64
+        let head: usize = self.head.values().map(|linear| linear.weight.len() + linear.bias.len()).sum();
+        matrices + 4 * (biases + norms + head) as u64
     }
 
     /// A report's line on a matrix as it is stored now.
