@@ -179,9 +179,11 @@ impl Recipe {
     pub fn check(&self, architecture: &Architecture) -> Result<(), CompressError> {
         let mut stored_by: Option<&Pass> = None;
         let mut stores: Vec<(Group, &Pass)> = Vec::new();
+        let mut shape = architecture.clone();
         for step in &self.steps {
             let behaviour = step.pass.behaviour();
-            behaviour.check(architecture).map_err(|refusal| self.refusal(step, &refusal))?;
+            behaviour.check(&shape).map_err(|refusal| self.refusal(step, &refusal))?;
+            shape = behaviour.leaves(&shape);
             match (behaviour.stage(), stored_by) {
                 (Stage::Shape, Some(earlier)) => {
                     let reason = format!(

@@ -140,6 +140,10 @@ impl CompressionPass for Attention {
         self.applied(architecture).map(drop)
     }
 
+    fn leaves(&self, architecture: &Architecture) -> Architecture {
+        self.applied(architecture).unwrap_or_else(|_| architecture.clone())
+    }
+
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
         let architecture = self
             .applied(work.model.architecture())

@@ -69,10 +69,16 @@ impl CompressionPass for DropLayers {
         }
     }
 
+    fn leaves(&self, architecture: &Architecture) -> Architecture {
+        let mut spec = architecture.spec();
+        let n_layers = spec.layers.len();
+        // Which layers are missed least is not known yet, only how many stay.
+        let gone = self.layers.clone().unwrap_or_else(|| (0..self.count.unwrap_or_default()).collect());
+        spec.layers = (0..n_layers).filter(|layer| !gone.contains(layer)).map(|layer| spec.layers[layer]).collect();
+        Architecture::new(spec).unwrap_or_else(|_| architecture.clone())
+    }
+
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {
-        // Earlier passes may have dropped layers since this one was checked.
-        self.check(work.model.architecture())
-            .map_err(|refusal| CompressError::Setting { setting: refusal.field.to_owned(), reason: refusal.reason })?;
         let before = work.model.architecture().layers.clone();
         let mut stay: Vec<usize> = (0..before.len()).collect();
         let mut notes = Vec::new();

@@ -65,7 +65,7 @@ impl CompressionPass for MixedPrecision {
                 Err(Refusal::new("loss", format!("{loss} is not between 0 and 1")))
             }
             (Some(megabytes), None) => {
-                // Tables are never pruned, and of the rest pruning leaves a tenth.
+                // The tables that are left by now whole, and of the rest what pruning leaves, a tenth.
                 let rows = architecture.vocab_size + architecture.positions.table_len;
                 let linears = crate::exec::cost::linear_macs_per_token(&architecture.layers, architecture.d_model);
                 let least = (rows * architecture.d_model) as f64 / 2.0 + linears as f64 / 20.0;

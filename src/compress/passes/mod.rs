@@ -148,11 +148,16 @@ pub trait CompressionPass {
     /// One line for the manifest and the card.
     fn summary(&self) -> String;
 
-    /// Refuses what can be known to be impossible for a model of this shape.
+    /// Refuses what can be known to be impossible for a model of this shape, which is what earlier passes leave.
     ///
     /// # Errors
     /// Naming the field.
     fn check(&self, architecture: &Architecture) -> Result<(), Refusal>;
+
+    /// The shape that it leaves of one that it accepts, as far as that is known before any work: later passes are checked on it.
+    fn leaves(&self, architecture: &Architecture) -> Architecture {
+        architecture.clone()
+    }
 
     /// Refuses what can be known to be impossible for a tokenizer whose word embedding has `rows` rows.
     ///

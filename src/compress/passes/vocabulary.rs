@@ -61,6 +61,13 @@ impl CompressionPass for Vocabulary {
         }
     }
 
+    fn leaves(&self, architecture: &Architecture) -> Architecture {
+        let mut spec = architecture.spec();
+        // As if every row had an entry.
+        spec.vocab_size = self.n_kept(spec.vocab_size);
+        Architecture::new(spec).unwrap_or_else(|_| architecture.clone())
+    }
+
     fn check_tokenizer(&self, tokenizer_json: &[u8], rows: usize) -> Result<(), Refusal> {
         let refuse = |error: VocabularyError| {
             let field = match (&error, self.keep) {

@@ -109,3 +109,23 @@ fn texts_stand_relative_to_the_recipe() {
     assert!(Recipe::read(&path).unwrap_err().to_string().ends_with("r.toml:1: is not UTF-8 text"));
     assert!(Recipe::read(&dir.path().join("none.toml")).unwrap_err().to_string().contains("none.toml"));
 }
+
+#[test]
+fn passes_are_checked_on_what_earlier_ones_leave() {
+    let pass = |kind: &str, fields: &str| format!("[[pass]]\nkind = \"{kind}\"\n{fields}\n");
+    let with_text = |passes: &[String]| format!("[calibration]\ntexts = \"t\"\n{}", passes.concat());
+    // 4 bits of all words are more than this; of those that stay they are not.
+    let (words, mixed) = (pass("vocabulary", "keep = 10"), pass("mixed-precision", "megabytes = 0.002"));
+    assert!(refusal(&with_text(std::slice::from_ref(&mixed))).contains("cannot be met"));
+    parse(&with_text(&[words.clone(), mixed])).unwrap().check(&architecture()).unwrap();
+    assert!(refusal(&with_text(&[words, pass("vocabulary", "keep = 12")])).contains("12 is not below the 10"));
+
+    let last = pass("attention", "pattern = \"window=4\"\nlayers = [1]");
+    parse(&last).unwrap().check(&architecture()).unwrap();
+    for dropped in ["layers = [0]", "count = 1"] {
+        let message = refusal(&with_text(&[pass("drop-layers", dropped), last.clone()]));
+        assert!(message.starts_with("r.toml:9: attention: layers: there is no layer 1"), "{message}");
+    }
+    let twice = [pass("drop-layers", "layers = [0]"), pass("drop-layers", "layers = [0]")];
+    assert!(refusal(&with_text(&twice)).contains("one must stay"));
+}
