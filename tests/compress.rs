@@ -253,6 +253,33 @@ fn a_pattern_of_flags_is_a_pass_and_measured_against_the_model_as_it_was() {
 }
 
 #[test]
+fn the_configuration_is_that_of_the_transformer_that_was_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("model"), dir.path().join("a"));
+    fs::create_dir_all(model.join("0_Transformer")).unwrap();
+    fs::create_dir_all(model.join("1_Pooling")).unwrap();
+    for (from, to) in [
+        ("config.json", "0_Transformer/config.json"),
+        ("model.safetensors", "0_Transformer/model.safetensors"),
+        ("tokenizer.json", "tokenizer.json"),
+        ("1_Pooling/config.json", "1_Pooling/config.json"),
+    ] {
+        fs::copy(source().join(from), model.join(to)).unwrap();
+    }
+    // The pooling module first, and a configuration at the root that is of something else.
+    let module = |idx: u8, path: &str, kind: &str| {
+        serde_json::json!({"idx": idx, "name": idx.to_string(), "path": path,
+                           "type": format!("sentence_transformers.models.{kind}")})
+    };
+    let modules = serde_json::json!([module(1, "1_Pooling", "Pooling"), module(0, "0_Transformer", "Transformer")]);
+    fs::write(model.join("modules.json"), modules.to_string()).unwrap();
+    fs::write(model.join("config.json"), r#"{"model_type": "other"}"#).unwrap();
+    succeeded(&workshop::compress(&model, &out, &[]));
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+    assert!(config["model_type"] == "bert" && config["hidden_size"] == 32, "{config}");
+}
+
+#[test]
 fn what_is_refused_names_its_place_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("place");

@@ -48,6 +48,8 @@ pub struct EmbeddedArtefact {
 pub struct Checkpoint {
     name: String,
     dir: Option<PathBuf>,
+    /// Where its configuration and weights stand, which may be a folder of `dir`.
+    transformer_dir: Option<PathBuf>,
     architecture: Architecture,
     manifest: Option<Manifest>,
     tokenizer: Cow<'static, [u8]>,
@@ -59,6 +61,7 @@ pub struct Checkpoint {
 struct Parts {
     name: String,
     dir: Option<PathBuf>,
+    transformer_dir: Option<PathBuf>,
     manifest: Option<Manifest>,
     tokenizer: Cow<'static, [u8]>,
     files: Vec<TensorFile>,
@@ -122,7 +125,8 @@ impl Checkpoint {
                 .and_then(|dir| dir.file_name().map(|name| name.to_string_lossy().into_owned()))
                 .unwrap_or_else(|| "model".to_owned()),
         };
-        let parts = Parts { name, dir: Some(dir.to_owned()), manifest, tokenizer: tokenizer.into(), files };
+        let (dir, transformer_dir) = (Some(dir.to_owned()), Some(model_dir));
+        let parts = Parts { name, dir, transformer_dir, manifest, tokenizer: tokenizer.into(), files };
         Self::assemble(parts, &Architecture::new(spec)?, options)
     }
 
@@ -135,12 +139,13 @@ impl Checkpoint {
         let files = vec![TensorFile::from_static(artefact.weights, WEIGHTS_FILE)?];
         let architecture = Architecture::new(manifest.architecture.clone())?;
         let name = manifest.model.clone();
-        let parts = Parts { name, dir: None, manifest: Some(manifest), tokenizer: artefact.tokenizer.into(), files };
+        let (manifest, tokenizer) = (Some(manifest), artefact.tokenizer.into());
+        let parts = Parts { name, dir: None, transformer_dir: None, manifest, tokenizer, files };
         Self::assemble(parts, &architecture, options)
     }
 
     fn assemble(parts: Parts, architecture: &Architecture, options: &OpenOptions) -> Result<Self, CheckpointError> {
-        let Parts { name, dir, manifest, tokenizer, files } = parts;
+        let Parts { name, dir, transformer_dir, manifest, tokenizer, files } = parts;
         let architecture = override_architecture(architecture, options)?;
         let family = architecture.family;
         let prefix = hf_names::prefixes(family)
@@ -148,7 +153,7 @@ impl Checkpoint {
             .copied()
             .find(|prefix| matrix::has_matrix(InFiles { files: &files, prefix }, hf_names::WORD_EMBEDDING))
             .ok_or_else(|| CheckpointError::MissingTensor(hf_names::WORD_EMBEDDING.to_owned()))?;
-        let checkpoint = Self { name, dir, architecture, manifest, tokenizer, files, prefix };
+        let checkpoint = Self { name, dir, transformer_dir, architecture, manifest, tokenizer, files, prefix };
         checkpoint.check_all()?;
         Ok(checkpoint)
     }
@@ -210,6 +215,12 @@ impl Checkpoint {
     #[must_use]
     pub fn dir(&self) -> Option<&Path> {
         self.dir.as_deref()
+    }
+
+    /// Where its configuration and weights stand: its directory, or the folder that `modules.json` names.
+    #[must_use]
+    pub fn transformer_dir(&self) -> Option<&Path> {
+        self.transformer_dir.as_deref()
     }
 
     /// Its shape.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::CompressError;
 use super::slots::{Group, MatrixSlot};
+use super::vocabulary::NewIds;
 use super::weights::Weights;
 use crate::checkpoint::{
     ArtefactDir, Checkpoint, CheckpointError, Dtype, TensorOut, hf_names, linear_tensors, matrix_tensors,
@@ -25,9 +26,14 @@ pub(super) const REPORT_FILES: [&str; 2] = ["report.json", "report.html"];
 /// The model card.
 pub(super) const CARD_FILE: &str = "README.md";
 
-/// Files of the source that are carried over as they are, when they exist.
+/// The transformer's configuration.
+const CONFIG_FILE: &str = "config.json";
+/// What other programs read beside the tokenizer itself.
+const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// Files of the source that are carried over, when they exist: as they are, unless a pass has changed the vocabulary.
 const COPIED: [&str; 4] =
-    ["tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "config_sentence_transformers.json"];
+    [TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "vocab.txt", "config_sentence_transformers.json"];
 
 /// Storage scheme of each group of tensors, for the manifest; forms that differ within a group are listed.
 pub(super) fn schemes(model: &Weights) -> BTreeMap<String, String> {
@@ -133,10 +139,9 @@ pub(super) fn tensors(model: &Weights) -> Result<Vec<TensorOut<'static>>, Compre
 /// The source's `config.json` with a `quantization_config` in the compressed-tensors layout, which has no word for forms
 /// other than INT8: then it names this program alone. Widths that pruning made
 /// differ from layer to layer have no place in that file; they are in the manifest.
-fn config(source: &Checkpoint, model: &Weights) -> Result<Value, CompressError> {
-    let file = "config.json";
-    let json = |source| CheckpointError::Json { file: file.to_owned(), source };
-    let bytes = read_source(source, file)?.unwrap_or_else(|| b"{}".to_vec());
+fn config(source: &Checkpoint, model: &Weights, new_ids: Option<&NewIds>) -> Result<Value, CompressError> {
+    let json = |source| CheckpointError::Json { file: CONFIG_FILE.to_owned(), source };
+    let bytes = read_source(source, CONFIG_FILE)?.unwrap_or_else(|| b"{}".to_vec());
     let mut config: Value = serde_json::from_slice(&bytes).map_err(json)?;
     if let Some(config) = config.as_object_mut() {
         let now = model.architecture();
@@ -145,6 +150,9 @@ fn config(source: &Checkpoint, model: &Weights) -> Result<Value, CompressError> 
             [("vocab_size", now.vocab_size), ("num_hidden_layers", now.layers.len()), ("n_layers", now.layers.len())];
         for (field, value) in shapes {
             config.entry(field).and_modify(|old| *old = json!(value));
+        }
+        if let Some(new_ids) = new_ids {
+            new_ids.renumber_config(config);
         }
     }
     let weights = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false});
@@ -174,15 +182,12 @@ fn config(source: &Checkpoint, model: &Weights) -> Result<Value, CompressError> 
     Ok(config)
 }
 
-/// A file of the source's transformer, wherever `modules.json` puts it.
+/// A file of the source, from where the model was opened: its configuration stands with the weights, the tokenizer's files and
+/// the card in the model's own folder or else there.
 pub(super) fn read_source(source: &Checkpoint, file: &str) -> Result<Option<Vec<u8>>, CompressError> {
-    let Some(dir) = source.dir() else { return Ok(None) };
-    let transformer = std::fs::read(dir.join("modules.json"))
-        .ok()
-        .and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok())
-        .and_then(|modules| modules.pointer("/0/path").and_then(Value::as_str).map(str::to_owned))
-        .unwrap_or_default();
-    for path in [dir.join(file), dir.join(transformer).join(file)] {
+    let (Some(dir), Some(transformer)) = (source.dir(), source.transformer_dir()) else { return Ok(None) };
+    let places = if file == CONFIG_FILE { [transformer, dir] } else { [dir, transformer] };
+    for path in places.map(|place| place.join(file)) {
         match std::fs::read(&path) {
             Ok(bytes) => return Ok(Some(bytes)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -204,9 +209,10 @@ pub(super) fn side_files(
     vocab_txt: Option<Vec<u8>>,
 ) -> Result<BTreeMap<String, Vec<u8>>, CompressError> {
     let architecture = model.architecture();
+    let new_ids = vocab_txt.is_some().then(|| NewIds::between(source.tokenizer_json(), &tokenizer_json));
     let mut files = BTreeMap::from([
         ("tokenizer.json".to_owned(), tokenizer_json),
-        ("config.json".to_owned(), pretty(&config(source, model)?)),
+        (CONFIG_FILE.to_owned(), pretty(&config(source, model, new_ids.as_ref())?)),
     ]);
     // A classifier is no sentence encoder: the modules of one would mislead other programs.
     if architecture.head.is_none() {
@@ -216,6 +222,12 @@ pub(super) fn side_files(
         if let Some(bytes) = read_source(source, file)? {
             files.insert(file.to_owned(), bytes);
         }
+    }
+    if let (Some(new_ids), Some(file)) = (&new_ids, files.get_mut(TOKENIZER_CONFIG_FILE))
+        && let Ok(mut config) = serde_json::from_slice(file)
+    {
+        new_ids.renumber_tokenizer_config(&mut config);
+        *file = pretty(&Value::Object(config));
     }
     if let Some(vocab_txt) = vocab_txt.filter(|_| files.contains_key("vocab.txt")) {
         files.insert("vocab.txt".to_owned(), vocab_txt);

@@ -1,6 +1,10 @@
 //! A smaller vocabulary: rows of the word embedding that text hardly needs go, and their words split into pieces that
 //! stay.
 
+mod ids;
+
+pub(super) use ids::NewIds;
+
 use serde_json::{Map, Value};
 
 /// What a tokenizer's vocabulary can be told apart by.

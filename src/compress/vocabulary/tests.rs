@@ -132,3 +132,18 @@ fn older_post_processors_are_renumbered_too() {
     let tokenizer = Tokenizer::from_bytes(&pruned.tokenizer_json).unwrap();
     assert_eq!(tokens(&tokenizer, &pruned.vocab_txt, "abc"), ["[CLS]", "abc", "[SEP]"]);
 }
+
+#[test]
+fn ids_in_the_files_beside_it_follow() {
+    let pruned = Vocabulary::read(&wordpiece(), TOKENS.len()).unwrap().prune(&[9, 0, 9], 10).unwrap();
+    let ids = NewIds::between(&wordpiece(), &pruned.tokenizer_json);
+    // `[unused0]` goes, so all after it move down by one.
+    let object = |value: Value| value.as_object().unwrap().clone();
+    let mut config =
+        object(json!({"pad_token_id": 0, "sep_token_id": 4, "mask_token_id": 1, "eos_token_id": null, "n": 4}));
+    ids.renumber_config(&mut config);
+    assert_eq!(Value::Object(config), json!({"pad_token_id": 0, "sep_token_id": 3, "eos_token_id": null, "n": 4}));
+    let mut config = object(json!({"added_tokens_decoder": {"0": "[PAD]", "1": "[unused0]", "4": "[SEP]"}, "n": 4}));
+    ids.renumber_tokenizer_config(&mut config);
+    assert_eq!(Value::Object(config), json!({"added_tokens_decoder": {"0": "[PAD]", "3": "[SEP]"}, "n": 4}));
+}
