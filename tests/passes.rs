@@ -66,6 +66,15 @@ fn blocks_go_with_their_work_and_the_rest_makes_up_for_them() {
     let fields = |more: &str| format!("group = \"all\"\nwidth = 32\ndensity = 0.6\n{more}");
     let surgeon = made(&pass("prune-blocks", &fields("")));
     let inventory = surgeon.open().inventory().unwrap();
+    // A benchmark counts what is multiplied.
+    let said = |command: &str, more: &[&str]| -> serde_json::Value {
+        let mut run = niwaki();
+        run.args([command, "--json", "--model"]).arg(surgeon.dir.path().join("a")).args(more);
+        serde_json::from_str(&succeeded(&run.output().unwrap())).unwrap()
+    };
+    let bench = said("bench", &["--length", "16", "--rounds", "1", "--warmup", "0"]);
+    let attention = said("inspect", &[])["attention_macs"]["16"].as_u64().unwrap();
+    assert_eq!(bench["macs"], 16 * inventory.macs_per_token() + attention);
     for matrix in inventory.matrices.iter().filter(|matrix| matrix.layer.is_some()) {
         assert!(matrix.form.contains("block"), "{matrix:?}");
         // What is not there is neither stored nor multiplied.

@@ -7,7 +7,8 @@ use super::args::InspectArgs;
 use super::default_model;
 use super::output::print;
 use crate::checkpoint::{Checkpoint, Inventory, Manifest, MatrixInfo, OpenOptions};
-use crate::model::{Band, ValueRange};
+use crate::exec::cost::{Operation, forward_costs};
+use crate::model::{Band, ModelError, ValueRange};
 
 /// Lengths that whole forwards are counted for.
 const LENGTHS: [usize; 4] = [16, 128, 512, 4_096];
@@ -21,15 +22,16 @@ pub(super) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     if args.json {
         print_json(&checkpoint, &inventory)
     } else {
-        let text = text(&checkpoint, &inventory, args.matrices);
+        let text = text(&checkpoint, &inventory, args.matrices)?;
         Ok(print(|out| out.write_all(text.as_bytes()))?)
     }
 }
 
 /// Multiply-accumulates of attention's two products for an input of a length, all layers.
-fn attention_macs(checkpoint: &Checkpoint, len: usize) -> u64 {
-    let layers = &checkpoint.architecture().layers;
-    layers.iter().map(|layer| 2 * layer.d_context() as u64 * layer.band.n_pairs(len)).sum()
+fn attention_macs(checkpoint: &Checkpoint, len: usize) -> Result<u64, ModelError> {
+    let costs = forward_costs(checkpoint.architecture(), &[len])?;
+    let attention = costs.iter().filter(|cost| matches!(cost.operation, Operation::Attention(_)));
+    Ok(attention.map(|cost| cost.macs).sum())
 }
 
 fn lengths(checkpoint: &Checkpoint) -> impl Iterator<Item = usize> {
@@ -54,8 +56,9 @@ fn print_json(checkpoint: &Checkpoint, inventory: &Inventory) -> anyhow::Result<
             })
         })
         .collect();
-    let attention: serde_json::Map<String, serde_json::Value> =
-        lengths(checkpoint).map(|len| (len.to_string(), json!(attention_macs(checkpoint, len)))).collect();
+    let attention = lengths(checkpoint)
+        .map(|len| Ok((len.to_string(), json!(attention_macs(checkpoint, len)?))))
+        .collect::<Result<serde_json::Map<String, serde_json::Value>, ModelError>>()?;
     let value = json!({
         "name": checkpoint.name(),
         "weights_bytes": checkpoint.weights_bytes(),
@@ -85,7 +88,7 @@ fn forms(matrices: &[&MatrixInfo]) -> String {
     }
 }
 
-fn text(checkpoint: &Checkpoint, inventory: &Inventory, each_matrix: bool) -> String {
+fn text(checkpoint: &Checkpoint, inventory: &Inventory, each_matrix: bool) -> Result<String, ModelError> {
     let spec = checkpoint.architecture();
     let mut lines = vec![
         format!("{}: {:?}, {} layers of width {}", checkpoint.name(), spec.family, spec.layers.len(), spec.d_model),
@@ -140,8 +143,8 @@ fn text(checkpoint: &Checkpoint, inventory: &Inventory, each_matrix: bool) -> St
     }
     lines.push(format!("{:>5} {:>88}", "all", inventory.macs_per_token()));
     let attention: Vec<String> = lengths(checkpoint)
-        .map(|len| format!("{:.1} M at {len} tokens", attention_macs(checkpoint, len) as f64 / 1e6))
-        .collect();
+        .map(|len| Ok(format!("{:.1} M at {len} tokens", attention_macs(checkpoint, len)? as f64 / 1e6)))
+        .collect::<Result<_, ModelError>>()?;
     lines.push(format!("attention's own products: {}", attention.join(", ")));
     for (layer, ranges) in spec.ranges.iter().enumerate() {
         let words = |range: Option<ValueRange>| match range {
@@ -161,7 +164,7 @@ fn text(checkpoint: &Checkpoint, inventory: &Inventory, each_matrix: bool) -> St
         lines.push(String::new());
         lines.extend(manifest_lines(manifest));
     }
-    lines.join("\n") + "\n"
+    Ok(lines.join("\n") + "\n")
 }
 
 fn matrix_lines(inventory: &Inventory) -> impl Iterator<Item = String> {

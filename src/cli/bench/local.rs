@@ -10,9 +10,11 @@ use super::super::args::{BenchArgs, Precision};
 use super::super::output::print;
 use super::super::{model, players};
 use super::{input, percentile, profile};
+use crate::checkpoint::Checkpoint;
 use crate::eval::{self, Pass};
+use crate::exec::cost::{forward_costs, stored_costs};
 use crate::kernels::peak;
-use crate::model::{Architecture, Forward, LinearSlot, RaggedBatch};
+use crate::model::{Forward, ModelError, RaggedBatch};
 use crate::telemetry::process;
 use crate::text::Tokenizer;
 
@@ -22,7 +24,6 @@ struct Measured {
     samples: Vec<f64>,
     n_seqs: usize,
     n_tokens: usize,
-    macs: f64,
     wall: f64,
 }
 
@@ -37,11 +38,10 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let batches = eval::batches(&sequences, args.max_batch_tokens, args.batch)?;
     let peak = peak::measure(loaded.kernels.isa(), Duration::from_millis(200), loaded.n_threads);
     for _ in 0..args.warmup {
-        play(&mut loaded.workers, &batches, architecture)?;
+        play(&mut loaded.workers, &batches)?;
     }
-    let mut rounds: Vec<Measured> = (0..args.rounds.get())
-        .map(|_| play(&mut loaded.workers, &batches, architecture))
-        .collect::<anyhow::Result<_>>()?;
+    let mut rounds: Vec<Measured> =
+        (0..args.rounds.get()).map(|_| play(&mut loaded.workers, &batches)).collect::<anyhow::Result<_>>()?;
     rounds.sort_by(|a, b| a.wall.total_cmp(&b.wall));
     let median = &rounds[rounds.len() / 2];
     let mut samples: Vec<f64> = rounds.iter().flat_map(|round| round.samples.iter().copied()).collect();
@@ -50,7 +50,8 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let memory = loaded.workers.iter().map(|worker| worker.memory());
     let workspace: usize = memory.clone().map(|memory| memory.workspace_peak).sum();
     let weights = memory.map(|memory| memory.weights).max().unwrap_or_default();
-    let gmacs = median.macs / median.wall / 1e9;
+    let macs = macs(&checkpoint, args.model.precision, &batches)?;
+    let gmacs = macs as f64 / median.wall / 1e9;
     let operations = match (args.profile, args.model.precision) {
         (false, _) => Vec::new(),
         (true, Precision::Int8) => {
@@ -71,6 +72,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<()> {
         "round_s": {"median": median.wall, "min": rounds[0].wall, "max": rounds[rounds.len() - 1].wall},
         "sequences_per_s": median.n_seqs as f64 / median.wall,
         "tokens_per_s": median.n_tokens as f64 / median.wall,
+        "macs": macs,
         "gmac_per_s": gmacs,
         "peak_gmac_per_s": peak.map(|peak| peak / 1e9),
         "share_of_peak": peak.map(|peak| gmacs * 1e9 / peak),
@@ -139,44 +141,23 @@ fn write_table(report: &Value, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// Multiply-accumulates of a sequence: linear maps, and the score and value products inside the band.
-fn macs(architecture: &Architecture, len: usize) -> f64 {
-    architecture
-        .layers
-        .iter()
-        .enumerate()
-        .map(|(layer, config)| {
-            let slots = [
-                LinearSlot::Qkv(layer),
-                LinearSlot::AttentionOut(layer),
-                LinearSlot::FfnUp(layer),
-                LinearSlot::FfnDown(layer),
-            ];
-            let linear: usize = slots
-                .iter()
-                .map(|slot| {
-                    let (n_out, n_in) = slot.shape(config, architecture.d_model);
-                    n_out * n_in
-                })
-                .sum();
-            (linear * len) as f64 + 2.0 * config.band.n_pairs(len) as f64 * config.d_context() as f64
-        })
-        .sum()
+/// Multiply-accumulates of a pass over all batches. The INT8 player multiplies what is stored, the f32 player whole matrices.
+fn macs(checkpoint: &Checkpoint, precision: Precision, batches: &[RaggedBatch]) -> Result<u64, ModelError> {
+    let lens: Vec<usize> = lengths(batches).collect();
+    let costs = match precision {
+        Precision::Int8 => stored_costs(checkpoint, &lens)?,
+        Precision::F32 => forward_costs(checkpoint.architecture(), &lens)?,
+    };
+    Ok(costs.iter().map(|cost| cost.macs).sum())
+}
+
+/// Tokens of each sequence.
+fn lengths(batches: &[RaggedBatch]) -> impl Iterator<Item = usize> {
+    batches.iter().flat_map(|batch| (0..batch.n_seqs()).map(|index| batch.sequence(index).len()))
 }
 
 /// What a pass over all batches took, and what it worked on.
-fn play(
-    workers: &mut [Box<dyn Forward>],
-    batches: &[RaggedBatch],
-    architecture: &Architecture,
-) -> anyhow::Result<Measured> {
+fn play(workers: &mut [Box<dyn Forward>], batches: &[RaggedBatch]) -> anyhow::Result<Measured> {
     let Pass { samples, wall } = eval::play(workers, batches)?;
-    let lengths = || batches.iter().flat_map(|batch| (0..batch.n_seqs()).map(|index| batch.sequence(index).len()));
-    Ok(Measured {
-        samples,
-        n_seqs: lengths().count(),
-        n_tokens: lengths().sum(),
-        macs: lengths().map(|len| macs(architecture, len)).sum(),
-        wall,
-    })
+    Ok(Measured { samples, n_seqs: lengths(batches).count(), n_tokens: lengths(batches).sum(), wall })
 }
