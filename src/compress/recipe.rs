@@ -23,6 +23,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::CompressError;
 use super::passes::{Pass, Refusal, Stage};
+use super::reconstruct::Matrices;
 use super::slots::Group;
 use crate::model::Architecture;
 
@@ -207,6 +208,7 @@ impl Recipe {
             }
             stores.push((group, &step.pass));
         }
+        self.check_smooth()?;
         if let Some(step) = self.first_with_text() {
             if self.calibration.texts.is_none() {
                 let reason = "measures on text: give a file of texts, one a line, by --calibration or as `texts` in \
@@ -221,6 +223,16 @@ impl Recipe {
             }
         }
         Ok(())
+    }
+
+    /// Refuses a refit of all matrices after `smooth`: values are fitted to those of the model as it came, whose outliers are where
+    /// they were.
+    fn check_smooth(&self) -> Result<(), CompressError> {
+        let mut after = self.steps.iter().skip_while(|step| !matches!(step.pass, Pass::Smooth(_)));
+        let refits = |step: &&Step| matches!(&step.pass, Pass::Reconstruct(pass) if pass.matrices == Matrices::All);
+        let Some(step) = after.find(refits) else { return Ok(()) };
+        let reason = "undoes what `smooth` has done before; put it before that, or give matrices = \"outputs\"";
+        Err(self.refusal(step, &Refusal::new("matrices", reason)))
     }
 
     /// Refuses what can be known to be impossible for a tokenizer whose word embedding has `rows` rows.

@@ -58,6 +58,11 @@ fn every_mistake_names_its_line() {
         ("[[pass]]\nkind = \"reconstruct\"\nmatrices = \"some\"\n", 3, "some"),
         (&format!("{quantize}[[pass]]\nkind = \"reconstruct\"\n"), 3, "before"),
         ("[[pass]]\nkind = \"reconstruct\"\n", 1, "--calibration"),
+        (
+            "[[pass]]\nkind = \"smooth\"\n[[pass]]\nkind = \"reconstruct\"\nmatrices = \"all\"\n",
+            5,
+            "undoes what `smooth`",
+        ),
         ("[[pass]]\nkind = \"correct-bias\"\n", 1, "after"),
         ("[[pass]]\nkind = \"quantize\"\nbits = 8\nformat = \"nf4\"\n", 3, "linear"),
         ("[[pass]]\nkind = \"quantize\"\nbits = 4\nper = \"group\"\ngroup_size = 4\n", 5, "4 is not"),
