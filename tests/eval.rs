@@ -190,6 +190,10 @@ fn a_benchmark_needs_no_input_whatever_the_vocabulary() {
     let dir = model().display().to_string();
     let report = json(&["bench", "--json", "--model", &dir, "--length", "18", "--rounds", "2", "--warmup", "0"]);
     assert!(report["tokens_per_s"].as_f64().unwrap() > 0.0, "{report}");
+    // The model inside the binary has no configuration that could be wrong.
+    let said = refused(&["bench", "--max-input-length", "1000"]);
+    assert!(said.contains("what is asked for does not fit the model") && said.contains("1000 is not in"), "{said}");
+    assert!(!said.contains("config.json"), "{said}");
 }
 
 #[test]

@@ -134,8 +134,16 @@ pub enum CheckpointError {
         reason: &'static str,
     },
     /// The declared architecture is impossible.
-    #[error("config.json: {0}")]
-    Model(#[from] ModelError),
+    #[error("{file}: {source}")]
+    Model {
+        /// The file that declares it.
+        file: &'static str,
+        /// What is wrong.
+        source: ModelError,
+    },
+    /// What a caller wants of the model is impossible.
+    #[error("what is asked for does not fit the model: {0}")]
+    Override(#[source] ModelError),
 }
 
 impl CheckpointError {

@@ -112,7 +112,8 @@ fn pooling(config: &Value, file: &str) -> Result<Pooling, CheckpointError> {
     }
 }
 
-const CONFIG: &str = "config.json";
+/// The transformer's configuration.
+pub(super) const CONFIG: &str = "config.json";
 
 fn optional_usize(config: &Value, file: &str, key: &str) -> Result<Option<usize>, CheckpointError> {
     match config.get(key) {

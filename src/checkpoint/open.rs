@@ -127,7 +127,9 @@ impl Checkpoint {
         };
         let (dir, transformer_dir) = (Some(dir.to_owned()), Some(model_dir));
         let parts = Parts { name, dir, transformer_dir, manifest, tokenizer: tokenizer.into(), files };
-        Self::assemble(parts, &Architecture::new(spec)?, options)
+        let file = if parts.manifest.is_some() { MANIFEST_FILE } else { hf_config::CONFIG };
+        let architecture = Architecture::new(spec).map_err(|source| CheckpointError::Model { file, source })?;
+        Self::assemble(parts, &architecture, options)
     }
 
     /// Opens the artefact that is part of the program.
@@ -137,7 +139,8 @@ impl Checkpoint {
     pub fn embedded(artefact: &EmbeddedArtefact, options: &OpenOptions) -> Result<Self, CheckpointError> {
         let manifest = Manifest::parse(artefact.manifest)?;
         let files = vec![TensorFile::from_static(artefact.weights, WEIGHTS_FILE)?];
-        let architecture = Architecture::new(manifest.architecture.clone())?;
+        let architecture = Architecture::new(manifest.architecture.clone())
+            .map_err(|source| CheckpointError::Model { file: MANIFEST_FILE, source })?;
         let name = manifest.model.clone();
         let (manifest, tokenizer) = (Some(manifest), artefact.tokenizer.into());
         let parts = Parts { name, dir: None, transformer_dir: None, manifest, tokenizer, files };
@@ -446,7 +449,7 @@ fn override_architecture(architecture: &Architecture, options: &OpenOptions) -> 
             spec.positions.tiled |= band.is_some() && spec.max_input_tokens > usable;
         }
     }
-    Ok(Architecture::new(spec)?)
+    Architecture::new(spec).map_err(CheckpointError::Override)
 }
 
 fn open_weights(dir: &Path) -> Result<Vec<TensorFile>, CheckpointError> {
