@@ -32,6 +32,18 @@ fn a_hugging_face_directory_opens_with_its_sentence_modules() {
 }
 
 #[test]
+fn token_types_that_the_configuration_leaves_out_are_two() {
+    let dir = tiny_dir(&TinyModel::default());
+    let path = dir.path().join("config.json");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains("\"type_vocab_size\":2,"), "{text}");
+    fs::write(path, text.replace("\"type_vocab_size\":2,", "")).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.architecture().n_token_types, 2);
+    assert!(checkpoint.tables().unwrap().token_type.is_some());
+}
+
+#[test]
 fn a_band_tiles_positions_and_without_one_the_length_is_refused() {
     let dir = tiny_dir(&TinyModel::default());
     let mut options = OpenOptions { max_input_tokens: Some(100), ..OpenOptions::default() };

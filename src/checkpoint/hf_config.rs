@@ -240,7 +240,8 @@ pub(super) fn architecture(
         vocab_size: required_usize(config, "vocab_size")?,
         n_token_types: match family {
             Family::Distilbert => 0,
-            Family::Bert | Family::Roberta => optional_usize(config, CONFIG, "type_vocab_size")?.unwrap_or(0),
+            // Hugging Face's default for both: a table that is there is not left out because nobody says so.
+            Family::Bert | Family::Roberta => optional_usize(config, CONFIG, "type_vocab_size")?.unwrap_or(2),
         },
         positions,
         d_model,
