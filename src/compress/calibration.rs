@@ -7,7 +7,7 @@ use rand::{SeedableRng, rngs::StdRng};
 
 use super::CompressError;
 use crate::checkpoint::sha256_hex;
-use crate::eval::{Encode, EvalError, read_lines};
+use crate::eval::{Encode, EvalError, lines_of, read_text};
 use crate::model::RaggedBatch;
 
 /// Tokens of one batch: large enough for efficient products, small enough that a batch's activations and gradients
@@ -43,9 +43,10 @@ pub fn sample(
     n_held_out: usize,
     seed: u64,
 ) -> Result<CalibrationText, CompressError> {
-    let mut lines = read_lines(path)?;
-    let bytes = std::fs::read(path).map_err(|source| EvalError::Io { path: path.to_owned(), source })?;
-    let sha256 = sha256_hex(&bytes);
+    // Read once: the hash is of the very texts that are used, also of what can be read only once, such as a pipe.
+    let text = read_text(path)?;
+    let mut lines = lines_of(&text, path)?;
+    let sha256 = sha256_hex(text.as_bytes());
     lines.shuffle(&mut StdRng::seed_from_u64(seed));
     let mut lines = lines.into_iter();
     let (mut ids, mut n_tokens): (Vec<Vec<u32>>, _) = (Vec::new(), 0);
@@ -116,5 +117,21 @@ impl CalibrationText {
         ids.sort_by_key(Vec::len);
         let (n_texts, n_tokens) = (ids.len(), ids.iter().map(Vec::len).sum());
         Ok(Self { batches: batches(&ids)?, n_texts, n_tokens, ..Self::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn what_can_be_read_only_once_has_its_own_hash() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(b"one\ntwo\n").unwrap();
+        drop(writer);
+        let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
+        let text = sample(Path::new(&path), &|text: &str| Ok(vec![text.len() as u32]), 2, 0, 0).unwrap();
+        assert_eq!((text.n_texts, text.sha256), (2, sha256_hex(b"one\ntwo\n")));
     }
 }

@@ -40,7 +40,11 @@ impl Fidelity {
     }
 }
 
-pub(super) fn read_text(path: &Path) -> Result<String, EvalError> {
+/// Reads a file of text.
+///
+/// # Errors
+/// If it cannot be read or is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String, EvalError> {
     let bytes = std::fs::read(path).map_err(|source| EvalError::Io { path: path.to_owned(), source })?;
     String::from_utf8(bytes).map_err(|error| {
         let offset = error.utf8_error().valid_up_to();
@@ -55,7 +59,14 @@ pub(super) fn read_text(path: &Path) -> Result<String, EvalError> {
 /// # Errors
 /// If the file cannot be read, is not UTF-8, or holds no text.
 pub fn read_lines(path: &Path) -> Result<Vec<String>, EvalError> {
-    let text = read_text(path)?;
+    lines_of(&read_text(path)?, path)
+}
+
+/// The same of a text that was read from `path` already.
+///
+/// # Errors
+/// If it holds no text.
+pub fn lines_of(text: &str, path: &Path) -> Result<Vec<String>, EvalError> {
     let lines: Vec<String> = text
         .lines()
         .map(str::trim)

@@ -18,7 +18,7 @@ mod table;
 pub use classify::{Classification, ClassificationTask, classify};
 pub use embed::{Embeddings, Encode, EncodeError, embed, encoder};
 pub use error::EvalError;
-pub use fidelity::{Fidelity, compare, fidelity, read_lines};
+pub use fidelity::{Fidelity, compare, fidelity, lines_of, read_lines, read_text};
 pub use retrieval::{QueryMean, Retrieval, RetrievalFiles, RetrievalTask, retrieve};
 pub use speed::{Contender, Pass, Speed, SpeedSettings, batches, made_up_sequences, measure_speed, play};
 pub use stats::{Difference, Interval, bootstrap, paired_difference, spearman};
