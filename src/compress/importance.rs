@@ -5,7 +5,6 @@
 //! embedding and `v` a fresh vector of random signs for each text, `E_v[(∂L/∂m)²] = ‖∂e/∂m‖²` for anything `m` in the
 //! model (Gauss-Newton on random projections).
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -197,50 +196,13 @@ pub fn measure(
     Ok(Measurements { sites, n_texts: text.n_texts })
 }
 
-/// `E[g_i²]` at every output `i` of every linear layer, `g = ∂(v · e)/∂output` with random signs `v`: what an error of an
-/// output does to the embedding.
-///
-/// # Errors
-/// If the player fails.
-pub fn sensitivities(
-    model: &Weights,
-    text: &CalibrationText,
-    seed: u64,
-    progress: &dyn Progress,
-) -> Result<BTreeMap<LinearSlot, Vec<f64>>, CompressError> {
-    let spec = model.architecture();
-    let encoder = listening_encoder(model)?;
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut sums: BTreeMap<LinearSlot, Vec<f64>> = BTreeMap::new();
-    progress.phase_started("measure sensitivity", text.n_tokens as u64);
-    for batch in &text.batches {
-        let view = batch.view(0..batch.n_seqs());
-        let mut player = Listening::probing_all();
-        let rows = encoder.forward(&mut player, &view)?;
-        let embedding = normalize(&player.pool(&rows, spec.pooling, &view)?)?;
-        let gradients = (embedding * signs(&mut rng, batch.n_seqs(), spec.d_model)?)?.sum_all()?.backward()?;
-        let outputs = (0..spec.layers.len())
-            .flat_map(|layer| [LinearSlot::AttentionOut(layer), LinearSlot::FfnDown(layer)])
-            .zip(player.probes);
-        for (slot, probe) in outputs.chain(player.input_probes) {
-            let gradient = gradients.get(&probe).ok_or(CompressError::NoGradient { slot })?;
-            let squares: Vec<f32> = gradient.sqr()?.sum(0)?.to_vec1()?;
-            let sums = sums.entry(slot).or_insert_with(|| vec![0.0; squares.len()]);
-            sums.iter_mut().zip(squares).for_each(|(sum, square)| *sum += f64::from(square) / text.n_tokens as f64);
-        }
-        progress.advanced(batch.n_tokens() as u64);
-    }
-    progress.phase_finished();
-    Ok(sums)
-}
-
 fn signs(rng: &mut StdRng, n_seqs: usize, width: usize) -> candle_core::Result<Tensor> {
     let signs: Vec<f32> = (0..n_seqs * width).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect();
     Tensor::from_vec(signs, (n_seqs, width), &Device::Cpu)
 }
 
 impl Measurements {
-    /// Ranks the heads and neurons of every layer. `max_share` of a layer's units is ranked at most, and never all.
+    /// Ranks the heads and neurons of every layer.
     ///
     /// # Errors
     /// If a covariance cannot be factorised.

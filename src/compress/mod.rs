@@ -33,7 +33,7 @@ pub use allocate::{Choice, Ranking, allocate, choose};
 pub use budget::{Budget, LayerPrices, monotone, plan_within};
 pub use calibration::{CalibrationText, sample};
 pub use error::CompressError;
-pub use importance::{Importance, LayerRanking, Measurements, measure, sensitivities};
+pub use importance::{Importance, LayerRanking, Measurements, measure};
 pub use lowrank::{Factorization, Factors, break_even, factorize};
 pub use passes::{
     Attention, AttentionPattern, AttentionReport, Compensate, CompressionPass, CorrectBias, DropLayers, Format,

@@ -43,10 +43,6 @@ pub(super) struct Listening {
     probing: bool,
     /// These variables, in the order of `branches`.
     pub(super) probes: Vec<Var>,
-    /// Whether the same is done with the other linear layers.
-    probing_inputs: bool,
-    /// Their variables.
-    pub(super) input_probes: Vec<(LinearSlot, Var)>,
 }
 
 /// `output` plus a variable of zeros.
@@ -64,11 +60,6 @@ impl Listening {
     /// A player that keeps the inputs of all linear layers.
     pub(super) fn entering() -> Self {
         Self { entering: true, ..Self::default() }
-    }
-
-    /// A player where the output of every linear layer can be asked for its gradient.
-    pub(super) fn probing_all() -> Self {
-        Self { probing: true, probing_inputs: true, ..Self::default() }
     }
 }
 
@@ -92,19 +83,12 @@ impl Ops for Listening {
     }
 
     fn linear(&mut self, linear: &CandleLinear, x: &Tensor, then: Activation) -> Result<Tensor, ModelError> {
-        if !self.probing_inputs && !self.entering {
+        if !self.entering {
             return CandleF32.linear(linear, x, then);
         }
         let mut play = || -> candle_core::Result<Tensor> {
-            let mut output = linear.apply(x)?;
-            if self.entering {
-                self.entries.push(Entry { input: x.detach(), output: output.detach() });
-            }
-            if self.probing_inputs {
-                let (sum, probe) = probed(&output)?;
-                output = sum;
-                self.input_probes.push((linear.slot, probe));
-            }
+            let output = linear.apply(x)?;
+            self.entries.push(Entry { input: x.detach(), output: output.detach() });
             activate(output, then)
         };
         play().map_err(ModelError::player)

@@ -58,8 +58,6 @@ pub struct PrunedVocabulary {
     pub tokenizer_json: Vec<u8>,
     /// The new `vocab.txt`: one token a line, in order of id.
     pub vocab_txt: Vec<u8>,
-    /// The new id of the padding token, if there is one.
-    pub pad_id: Option<u32>,
 }
 
 fn field(name: &str) -> VocabularyError {
@@ -160,18 +158,15 @@ impl Vocabulary {
             added["id"] = new_id(token).ok_or_else(|| field("added_tokens[].content"))?.into();
         }
         renumber_post_processor(&mut json["post_processor"], &new_id)?;
-        let mut pad_id = None;
         if let Some(padding) = json.get_mut("padding").and_then(Value::as_object_mut) {
             let token = padding.get("pad_token").and_then(Value::as_str).unwrap_or_default();
             let id = new_id(token).ok_or_else(|| field("padding.pad_token"))?;
-            pad_id = Some(id);
             padding.insert("pad_id".to_owned(), id.into());
         }
-        pad_id = pad_id.or_else(|| new_id("[PAD]"));
         json["model"]["vocab"] = Value::Object(vocab);
         let tokenizer_json = serde_json::to_vec(&json).map_err(|_| field("the file as a whole"))?;
         let vocab_txt = kept.iter().flat_map(|(token, _)| [token.as_bytes(), b"\n"].concat()).collect();
-        Ok(PrunedVocabulary { kept: kept.iter().map(|(_, id)| *id).collect(), tokenizer_json, vocab_txt, pad_id })
+        Ok(PrunedVocabulary { kept: kept.iter().map(|(_, id)| *id).collect(), tokenizer_json, vocab_txt })
     }
 }
 

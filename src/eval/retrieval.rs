@@ -65,9 +65,9 @@ pub struct Retrieval {
     pub n_queries: usize,
     /// Documents.
     pub n_documents: usize,
-    /// Judgements of these queries.
+    /// All judgements, those of queries that are left out too.
     pub n_judgements: usize,
-    /// Judgements of documents that the corpus lacks; relevant ones count as not found.
+    /// Those of them whose document the corpus lacks; relevant ones count as not found.
     pub n_missing: usize,
     /// Normalised discounted cumulative gain of the first 10, linear gains.
     pub ndcg_at_10: QueryMean,

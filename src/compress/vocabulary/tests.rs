@@ -76,7 +76,6 @@ fn frequent_entries_stay_and_the_words_of_others_split() {
     let pruned = vocabulary.prune(&counts(&[("abc", 9), ("ba", 5), ("cab", 5), ("##bc", 1)]), 13).unwrap();
     let expected: Vec<u32> = vec![0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 15];
     assert_eq!(pruned.kept, expected);
-    assert_eq!(pruned.pad_id, Some(0));
     let tokenizer = Tokenizer::from_bytes(&pruned.tokenizer_json).unwrap();
     assert_eq!(tokenizer.vocab_size(), 13);
     let tokens = |text| tokens(&tokenizer, &pruned.vocab_txt, text);
