@@ -313,6 +313,8 @@ fn what_is_refused_names_its_place_and_leaves_nothing() {
     check(&["--recipe", "/nowhere/recipe.toml"], &["/nowhere/recipe.toml"]);
     check(&["--prune-heads", "0.3"], &["--calibration"]);
     check(&["--prune-heads", "0.9"], &["--prune-heads: 0.9"]);
+    check(&["--importance", "taylor"], &["--importance", "--prune-heads"]);
+    check(&["--calibration", recipes.join("texts.txt").to_str().unwrap()], &["--calibration: no pass"]);
 }
 
 /// Kills a run when `when` says so; afterwards either nothing stands at the target or a whole artefact.

@@ -248,9 +248,9 @@ pub(super) struct CompressArgs {
     /// Share of all FFN neurons to remove, 0 to 0.9.
     #[arg(long, default_value_t = 0.0, value_parser = super::parse::share)]
     pub(super) prune_ffn: f64,
-    /// How the importance of heads and neurons is measured.
-    #[arg(long, default_value_t = crate::compress::Importance::default())]
-    pub(super) importance: crate::compress::Importance,
+    /// How the importance of heads and neurons is measured (default: curvature).
+    #[arg(long)]
+    pub(super) importance: Option<crate::compress::Importance>,
     /// Attention pattern of every layer of the artefact, as for `serve`.
     #[arg(long, value_name = "PATTERN", value_parser = super::parse::attention)]
     pub(super) attention: Option<crate::model::Band>,

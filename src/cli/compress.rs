@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use anyhow::bail;
+
 use super::args::CompressArgs;
 use super::model::max_input_tokens;
 use super::output::print;
@@ -38,11 +40,13 @@ fn recipe(args: &CompressArgs) -> anyhow::Result<Recipe> {
                 let pass = PruneStructured {
                     heads: args.prune_heads,
                     ffn: args.prune_ffn,
-                    importance: args.importance,
+                    importance: args.importance.unwrap_or_default(),
                     ..PruneStructured::default()
                 };
                 recipe.push(pass, &[("heads", "--prune-heads"), ("ffn", "--prune-ffn")]);
                 recipe.push(Reconstruct::default(), &[]);
+            } else if args.importance.is_some() {
+                bail!("--importance says what --prune-heads and --prune-ffn remove: give one of them");
             }
             recipe.push(Quantize::default(), &[]);
             recipe
@@ -56,6 +60,12 @@ fn recipe(args: &CompressArgs) -> anyhow::Result<Recipe> {
             max_input_length: max_input_tokens(args.attention, args.max_input_length),
         };
         recipe.begin_with(pattern, &[("max_input_length", "--max-input-length")]);
+    }
+    let flag = args.calibration.as_ref().map(|_| "--calibration");
+    if let Some(flag) =
+        flag.or(args.calibration_tokens.map(|_| "--calibration-tokens")).filter(|_| !recipe.needs_text())
+    {
+        bail!("{flag}: no pass measures on text, so none would be read");
     }
     if let Some(texts) = &args.calibration {
         recipe.calibration.texts = Some(texts.clone());

@@ -131,10 +131,13 @@ impl CompressionPass for Activations {
         if self.group == Group::Embedding {
             return Err(Refusal::new("group", "an embedding has no input that is a range of values"));
         }
-        if self.percentile > 0.5 && self.percentile <= 1.0 {
-            return Ok(());
+        if !(self.percentile > 0.5 && self.percentile <= 1.0) {
+            return Err(Refusal::new("percentile", format!("{} is not above 0.5 and up to 1", self.percentile)));
         }
-        Err(Refusal::new("percentile", format!("{} is not above 0.5 and up to 1", self.percentile)))
+        if self.percentile != Self::default().percentile && self.range != RangeMethod::Percentile {
+            return Err(Refusal::new("percentile", "is a setting of range = \"percentile\""));
+        }
+        Ok(())
     }
 
     fn run(&self, work: &mut Work<'_>, progress: &dyn Progress) -> Result<PassReport, CompressError> {

@@ -47,7 +47,14 @@ impl CompressionPass for PruneStructured {
     fn check(&self, architecture: &Architecture) -> Result<(), Refusal> {
         let Some(share) = self.share else {
             check_share("heads", architecture.layers.iter().map(|layer| layer.n_heads), 1, self.heads)?;
-            return check_share("ffn", architecture.layers.iter().map(|layer| layer.d_ffn), FFN_PANEL, self.ffn);
+            check_share("ffn", architecture.layers.iter().map(|layer| layer.d_ffn), FFN_PANEL, self.ffn)?;
+            if self.of != Budget::default() {
+                return Err(Refusal::new("of", "says what `share` is a share of, which is not given"));
+            }
+            if self.heads == 0.0 && self.ffn == 0.0 {
+                return Err(Refusal::new("", "removes nothing: give `share`, or `heads` or `ffn`"));
+            }
+            return Ok(());
         };
         if !(0.0..=0.9).contains(&share) {
             return Err(Refusal::new("share", format!("{share} is not a share from 0 to 0.9")));

@@ -219,9 +219,39 @@ impl Quantize {
                 "fisher weighs the rows of linear layers, which only a table that they share (k-means) can heed";
             return Err(Refusal::new("weighting", reason));
         }
-        if self.table_reach != Self::default().table_reach && !tables_learnt {
-            return Err(Refusal::new("table_reach", "is a setting of format = \"kmeans\""));
+        self.refuse_settings_of_others()
+    }
+
+    /// Refuses settings of a choice that is not made. What has its default may stand: recipes that artefacts carry spell out all.
+    fn refuse_settings_of_others(&self) -> Result<(), Refusal> {
+        let default = Self::default();
+        let compensated = self.compensate != Compensate::None;
+        // The ridge is in the metric that weighs errors too.
+        let with_metric = compensated || self.weighting != Weighting::None;
+        let settings = [
+            (
+                "table_reach",
+                self.table_reach != default.table_reach,
+                self.format == Format::Kmeans,
+                "format = \"kmeans\"",
+            ),
+            (
+                "percentile",
+                self.percentile != default.percentile,
+                self.range() == RangeMethod::Percentile,
+                "range = \"percentile\"",
+            ),
+            ("group_size", self.group_size != default.group_size, self.per == Per::Group, "per = \"group\""),
+            ("sweeps", self.sweeps != default.sweeps, compensated, "compensate = \"gptq\""),
+            ("ridge", self.ridge != default.ridge, with_metric, "compensate = \"gptq\" or of weighting"),
+            ("refit_ridge", self.refit_ridge != default.refit_ridge, self.refit, "refit = true"),
+        ];
+        match settings.into_iter().find(|(_, is_set, is_used, _)| *is_set && !is_used) {
+            Some((field, .., choice)) => Err(Refusal::new(field, format!("is a setting of {choice}"))),
+            None if self.refit && self.group == Group::Embedding => {
+                Err(Refusal::new("refit", "fits linear layers to their inputs; embedding tables have none"))
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 }

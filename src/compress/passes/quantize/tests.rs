@@ -39,8 +39,9 @@ fn every() -> Vec<Quantize> {
         for per in [Per::Tensor, Per::Channel, Per::Group] {
             for symmetric in [true, false] {
                 for range in ranges {
-                    let range = Some(range);
-                    all.push(Quantize { format, bits, per, symmetric, range, group_size: 16, ..Quantize::default() });
+                    let (range, default) = (Some(range), Quantize::default());
+                    let group_size = if per == Per::Group { 16 } else { default.group_size };
+                    all.push(Quantize { format, bits, per, symmetric, range, group_size, ..default });
                 }
             }
         }
