@@ -140,6 +140,9 @@ async fn what_does_not_fit_is_refused_with_its_place() {
         (json!([ids(json!([99]), json!([1, 1]))]), 422, "token id 99"),
         (json!([ids(json!(vec![4; 17]), json!([1, 17]))]), 200, ""),
         (json!([ids(json!(vec![4; 33]), json!([33, 1]))]), 422, "batch size 33"),
+        // What is too much is not looked at.
+        (json!([ids(json!(vec![-2; 33]), json!([33, 1]))]), 422, "batch size 33"),
+        (json!([text(json!(vec![""; 17_000]), 17_000)]), 422, "batch size 17000"),
         (json!([ids(json!([4]), json!([usize::MAX, usize::MAX]))]), 422, "shape"),
         (json!([text(json!([""]), 1)]), 400, "inputs"),
         (json!([["text", [1], "BYTES", ["a"]]]), 422, "object"),

@@ -9,7 +9,7 @@ use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{Array, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::inputs::Object;
+use super::inputs::{Bounded, Object};
 use super::{Named, TruncationDirection};
 
 /// Answer of `GET /v2`.
@@ -80,7 +80,7 @@ pub enum TensorData {
     /// Nothing.
     Empty,
     /// Of the type `BYTES`.
-    Text(Vec<String>),
+    Text(Bounded<String>),
     /// Of integer types.
     Integers(Vec<i64>),
 }
@@ -112,7 +112,7 @@ impl<'de> Deserialize<'de> for TensorData {
                         f.write_str("a string, an integer, or a list of them")
                     }
                     fn visit_str<E>(self, text: &str) -> Result<Entry, E> {
-                        Ok(Entry(TensorData::Text(vec![text.to_owned()])))
+                        Ok(Entry(TensorData::Text(Bounded { items: vec![text.to_owned()], n_sent: 1 })))
                     }
                     fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Entry, E> {
                         let value = i64::try_from(value).map_err(|_| E::custom("an integer does not fit 64 bits"))?;
@@ -138,7 +138,7 @@ impl TensorData {
         match (self, other) {
             (Self::Empty, data) | (data, Self::Empty) => Some(data),
             (Self::Text(mut a), Self::Text(b)) => {
-                a.extend(b);
+                a.append(b);
                 Some(Self::Text(a))
             }
             (Self::Integers(mut a), Self::Integers(b)) => {
@@ -247,17 +247,31 @@ pub struct InferResponse {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::api::MAX_ITEMS;
 
     #[test]
     fn data_is_flat_or_nested() {
         let read = |json: &str| serde_json::from_str::<TensorData>(json);
-        let text = |items: &[&str]| TensorData::Text(items.iter().map(|&item| item.to_owned()).collect());
+        let text = |items: &[&str]| {
+            let items: Vec<String> = items.iter().map(|&item| item.to_owned()).collect();
+            TensorData::Text(Bounded { n_sent: items.len(), items })
+        };
         assert_eq!(read(r#"["a", "b"]"#).unwrap(), text(&["a", "b"]));
         assert_eq!(read(r#"[["a"], ["b"]]"#).unwrap(), text(&["a", "b"]));
         assert_eq!(read("[[1, 2], [3, -4]]").unwrap(), TensorData::Integers(vec![1, 2, 3, -4]));
         assert_eq!(read("[[], []]").unwrap(), TensorData::Empty);
         for wrong in ["1", "{}", r#"["a", 1]"#, "[1.5]", "[null]", "[true]", "[18446744073709551615]"] {
             assert!(read(wrong).unwrap_err().is_data(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn texts_beyond_the_limit_are_counted_and_not_kept() {
+        let n_texts = MAX_ITEMS + 10;
+        for entry in ["\"\"", "[\"\"]"] {
+            let json = format!("[{}]", vec![entry; n_texts].join(","));
+            let TensorData::Text(texts) = serde_json::from_str(&json).unwrap() else { panic!("{entry} is a text") };
+            assert_eq!((texts.items.len(), texts.n_sent), (MAX_ITEMS, n_texts));
         }
     }
 }

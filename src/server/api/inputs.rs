@@ -35,6 +35,13 @@ impl<T> Bounded<T> {
         self.n_sent += 1;
     }
 
+    /// Appends another list, as far as there is room.
+    pub(super) fn append(&mut self, other: Self) {
+        let room = MAX_ITEMS.saturating_sub(self.items.len());
+        self.items.extend(other.items.into_iter().take(room));
+        self.n_sent += other.n_sent;
+    }
+
     /// Takes the rest of `seq`.
     pub(super) fn fill<'de, A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<Self, A::Error>
     where

@@ -6,14 +6,14 @@ use axum::response::{IntoResponse, Response};
 use crate::engine::Sequence;
 use crate::model::Want;
 use crate::server::api::{
-    InferRequest, InferResponse, InferTensor, InferredTensor, Item, ModelMetadata, ModelReady, Object, ServerLive,
-    ServerMetadata, ServerReady, TensorData, TensorMetadata,
+    Bounded, InferRequest, InferResponse, InferTensor, InferredTensor, Item, ModelMetadata, ModelReady, Object,
+    ServerLive, ServerMetadata, ServerReady, TensorData, TensorMetadata,
 };
 use crate::server::compute::{Computed, Work, compute};
 use crate::server::config::Task;
 use crate::server::error::ServerError;
-use crate::server::extract::{Call, Received};
-use crate::server::inputs::{Options, Piece, checked_len};
+use crate::server::extract::{Call, Received, Target};
+use crate::server::inputs::{Options, Piece, checked_batch, checked_len};
 use crate::server::models::{Model, json as to_json};
 use crate::server::routes::embed::{checked_dimensions, vectors};
 use crate::server::routes::ops::{is_ready, json};
@@ -110,8 +110,7 @@ pub(crate) async fn infer(Path(name): Path<String>, received: Received) -> Resul
     let outputs = body.outputs.filter(|all| !all.is_empty());
     let wanted: Option<Vec<String>> = outputs.map(|all| all.into_iter().map(|Object(output)| output.name).collect());
     check_outputs(&target.model, wanted.as_deref())?;
-    let pieces = pieces(body.inputs, target.model.card.n_token_types)?;
-    checked_len(&target.app, pieces.len(), "inputs")?;
+    let pieces = pieces(&target, body.inputs)?;
     let options =
         Options { truncate: parameters.truncate, direction: parameters.truncation_direction, prompt_name: None };
     let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
@@ -163,8 +162,8 @@ fn check_outputs(model: &Model, wanted: Option<&[String]>) -> Result<(), ServerE
 /// The input tensors of a request, by name.
 #[derive(Default)]
 struct Tensors {
-    text: Option<Vec<String>>,
-    text_pair: Option<Vec<String>>,
+    text: Option<Bounded<String>>,
+    text_pair: Option<Bounded<String>>,
     input_ids: Option<Matrix>,
     attention_mask: Option<Matrix>,
     token_type_ids: Option<Matrix>,
@@ -176,8 +175,18 @@ struct Matrix {
     width: usize,
 }
 
-/// One piece per row of the tensors.
-fn pieces(inputs: Vec<Object<InferTensor>>, n_token_types: usize) -> Result<Vec<Piece>, ServerError> {
+impl Matrix {
+    fn n_rows(&self) -> usize {
+        self.values.len() / self.width
+    }
+
+    fn row(&self, index: usize) -> &[i64] {
+        &self.values[index * self.width..(index + 1) * self.width]
+    }
+}
+
+/// One piece per row of the tensors, which are counted first: small rows cost more as pieces than as JSON.
+fn pieces(target: &Target, inputs: Vec<Object<InferTensor>>) -> Result<Vec<Piece>, ServerError> {
     let mut tensors = Tensors::default();
     for Object(tensor) in inputs {
         let known = match tensor.name.as_str() {
@@ -194,34 +203,37 @@ fn pieces(inputs: Vec<Object<InferTensor>>, n_token_types: usize) -> Result<Vec<
     }
     match tensors {
         Tensors { text: Some(texts), text_pair, input_ids: None, attention_mask: None, token_type_ids: None } => {
+            let texts = checked_batch(&target.app, texts, "inputs")?;
             let Some(second) = text_pair else {
                 return Ok(texts.into_iter().map(|text| Piece::Item(Item::Text(text))).collect());
             };
-            if second.len() != texts.len() {
+            if second.n_sent != texts.len() {
                 return Err(invalid("text_pair", format!("must have as many elements as text, {}", texts.len())));
             }
-            Ok(texts.into_iter().zip(second).map(|(first, second)| Piece::Pair(first.into(), second)).collect())
+            Ok(texts.into_iter().zip(second.items).map(|(first, second)| Piece::Pair(first.into(), second)).collect())
         }
         Tensors { text: None, text_pair: None, input_ids: Some(ids), attention_mask, token_type_ids } => {
+            checked_len(&target.app, ids.n_rows(), "inputs")?;
+            let n_token_types = target.model.card.n_token_types;
             sequences(&ids, attention_mask.as_ref(), token_type_ids.as_ref(), n_token_types)
         }
         _ => Err(invalid("inputs", "must be text (and text_pair), or input_ids (with its mask and types)")),
     }
 }
 
-fn texts(tensor: InferTensor) -> Result<Vec<String>, ServerError> {
+fn texts(tensor: InferTensor) -> Result<Bounded<String>, ServerError> {
     let InferTensor { shape, datatype, data, .. } = tensor;
     if datatype != "BYTES" {
         return Err(invalid("datatype", "of texts must be BYTES"));
     }
     let texts = match data {
         TensorData::Text(texts) => texts,
-        TensorData::Empty => Vec::new(),
+        TensorData::Empty => Bounded { items: Vec::new(), n_sent: 0 },
         TensorData::Integers(_) => return Err(invalid("data", "of BYTES must be strings")),
     };
     match shape[..] {
-        [n] | [n, 1] if n == texts.len() => Ok(texts),
-        _ => Err(invalid("shape", format!("must be [{0}] or [{0}, 1] for {0} texts", texts.len()))),
+        [n] | [n, 1] if n == texts.n_sent => Ok(texts),
+        _ => Err(invalid("shape", format!("must be [{0}] or [{0}, 1] for {0} texts", texts.n_sent))),
     }
 }
 
@@ -253,16 +265,14 @@ fn sequences(
             return Err(invalid(field, "must have the shape of input_ids"));
         }
     }
-    let width = ids.width;
-    let row = |matrix: &Matrix, index: usize| matrix.values[index * width..(index + 1) * width].to_vec();
-    let mut pieces = Vec::with_capacity(ids.values.len() / width);
-    for index in 0..ids.values.len() / width {
-        let mask = mask.map_or_else(|| vec![1; width], |mask| row(mask, index));
-        let types = types.map(|types| row(types, index));
+    let mut pieces = Vec::with_capacity(ids.n_rows());
+    for index in 0..ids.n_rows() {
+        let (mask, types) = (mask.map(|mask| mask.row(index)), types.map(|types| types.row(index)));
+        let is_seen = |at: usize| mask.is_none_or(|mask| mask[at] != 0);
         let mut sequence = Sequence::default();
-        for (at, id) in row(ids, index).into_iter().enumerate().filter(|(at, _)| mask[*at] != 0) {
+        for (at, &id) in ids.row(index).iter().enumerate().filter(|(at, _)| is_seen(*at)) {
             sequence.ids.push(u32::try_from(id).map_err(|_| invalid(INPUT_IDS, "must not be negative or above 2^32"))?);
-            if let Some(types) = types.as_ref().filter(|_| n_token_types > 1) {
+            if let Some(types) = types.filter(|_| n_token_types > 1) {
                 let kind = u8::try_from(types[at]).ok().filter(|kind| usize::from(*kind) < n_token_types);
                 let reason = || invalid(TOKEN_TYPE_IDS, format!("must be less than {n_token_types}"));
                 sequence.token_types.push(kind.ok_or_else(reason)?);
