@@ -175,12 +175,12 @@ pub(super) struct ServeArgs {
     /// /admin/reload are open to everyone; that one always needs a key, and is closed where there is none.
     #[arg(long, env = "API_KEY", hide_env_values = true)]
     pub(super) api_key: Option<String>,
-    /// File of further keys, one a line; lines that begin with `#` are comments. Read again on SIGHUP; a file that cannot
-    /// be used is refused then, and the old keys stay.
+    /// File of further keys, one a line; lines that begin with `#` are comments. Read again on SIGHUP and by
+    /// /admin/reload; a file that cannot be used is refused then, and the old keys stay.
     #[arg(long, env = "API_KEY_FILE", value_name = "FILE")]
     pub(super) api_key_file: Option<PathBuf>,
-    /// Certificate for TLS on all ports, followed by those that lead to its authority; PEM. Read again on SIGHUP, together
-    /// with its key; a pair that cannot be used is refused then, and the old one stays.
+    /// Certificate for TLS on all ports, followed by those that lead to its authority; PEM. Read again on SIGHUP and
+    /// by /admin/reload, together with its key; a pair that cannot be used is refused then, and the old one stays.
     #[arg(long, env = "TLS_CERT", value_name = "FILE", requires = "tls_key")]
     pub(super) tls_cert: Option<PathBuf>,
     /// Private key of --tls-cert; PEM (PKCS #8, PKCS #1 or SEC 1).

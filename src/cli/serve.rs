@@ -81,7 +81,6 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     let reloading = tokio::spawn(async move {
         while hangup.recv().await.is_some() {
             // What was refused has been told in log and metrics, and the old keys, certificates and models go on serving.
-            reloaded.reload_credentials().await;
             reloaded.reload(None).await.ok();
         }
     });

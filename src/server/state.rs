@@ -239,18 +239,20 @@ impl AppState {
         drop(self.loader.set(loader));
     }
 
-    /// Loads the model `name`, or all of them, anew, and puts each that opens and passes its checks in the place of the
-    /// old one. What the old one has admitted is still answered by it.
+    /// Loads the model `name`, or the credentials and all models, anew, and puts each that opens and passes its checks in
+    /// the place of the old one. What an old model has admitted is still answered by it.
     ///
     /// # Errors
-    /// Naming the models that were refused, and why; those go on serving as they were.
+    /// Naming what was refused, and why; that goes on as it was.
     pub async fn reload(&self, name: Option<&str>) -> Result<Vec<api::Reloaded>, ServerError> {
+        // A key that is no longer one does not wait for models.
+        let mut refused = if name.is_none() { self.reload_credentials().await } else { Vec::new() };
         let _one_at_a_time = self.reloading.lock().await;
         let names: Vec<String> = match name {
             Some(name) => vec![self.models.named(name)?.card.served_name.clone()],
             None => self.models.names().map(str::to_owned).collect(),
         };
-        let (mut reloaded, mut refused) = (Vec::new(), Vec::new());
+        let mut reloaded = Vec::new();
         for name in names {
             let start = Instant::now();
             let (state, of) = (self.clone(), name.clone());
@@ -281,22 +283,30 @@ impl AppState {
     }
 
     /// Reads the file of API keys and the certificate again, as far as there are any. What cannot be used is told in log
-    /// and metrics, and the old one stays.
-    pub async fn reload_credentials(&self) {
+    /// and metrics, and the old one stays. Returns why, for each that was refused.
+    pub async fn reload_credentials(&self) -> Vec<String> {
         let state = self.clone();
         let reading = tokio::task::spawn_blocking(move || {
+            let mut refused = Vec::new();
             match state.keys.reload() {
                 Ok(None) => {}
                 Ok(Some(n_keys)) => events::keys_reloaded(&state.metrics, n_keys),
-                Err(error) => events::credential_refused(&state.metrics, Credential::ApiKeys, &error),
+                Err(error) => {
+                    events::credential_refused(&state.metrics, Credential::ApiKeys, &error);
+                    refused.push(error.to_string());
+                }
             }
             match state.tls.as_ref().map(Tls::reload) {
                 None => {}
                 Some(Ok(())) => events::certificate_reloaded(&state.metrics),
-                Some(Err(error)) => events::credential_refused(&state.metrics, Credential::Certificate, &error),
+                Some(Err(error)) => {
+                    events::credential_refused(&state.metrics, Credential::Certificate, &error);
+                    refused.push(error.to_string());
+                }
             }
+            refused
         });
         // Nothing in it panics; if it did, the old keys would stay.
-        reading.await.ok();
+        reading.await.unwrap_or_else(|_| vec!["reading the credentials failed unexpectedly".to_owned()])
     }
 }

@@ -110,10 +110,17 @@ fn with_key(path: &str) -> axum::http::Request<axum::body::Body> {
 
 #[tokio::test]
 async fn reload_needs_a_key_and_tells_what_it_did() {
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "old\n").unwrap();
     let service = service(|setup| {
         setup.others = vec![("second", &[])];
         setup.config.api_keys = vec!["key".to_owned()];
+        setup.config.api_key_file = Some(keys.path().to_owned());
     });
+    let accepted = async |key: &str| {
+        let request = axum::http::Request::get("/info").header("x-api-key", key);
+        service.ask(request.body(axum::body::Body::empty()).unwrap()).await.status == 200
+    };
     let turn = Arc::new(AtomicU64::new(0));
     let of_loader = Arc::clone(&turn);
     set_loader(&service, &Setup::default().model, move || match of_loader.fetch_add(1, Ordering::SeqCst) {
@@ -121,7 +128,9 @@ async fn reload_needs_a_key_and_tells_what_it_did() {
         _ => Err("tensor `x` is missing".to_owned()),
     });
     assert_eq!(service.post("/admin/reload", json!({})).await.status, 401);
+    std::fs::write(keys.path(), "new\n").unwrap();
     let answer = service.ask(with_key("/admin/reload?model=second")).await.json();
+    assert!(accepted("old").await && !accepted("new").await, "a model was named");
     assert_eq!(
         (answer["reloaded"][0]["model"].clone(), answer["reloaded"][0]["model_sha"].clone()),
         (json!("second"), json!("new"))
@@ -134,6 +143,7 @@ async fn reload_needs_a_key_and_tells_what_it_did() {
     assert_eq!(info("arithmetic").await.json()["model_sha"], "0123abc");
     let all = service.ask(with_key("/admin/reload")).await.json();
     assert_eq!(all["reloaded"].as_array().unwrap().len(), 2);
+    assert!(!accepted("old").await && accepted("new").await, "keys are read again with all models");
     assert_eq!(info("arithmetic").await.json()["model_sha"], "new");
     let refused = service.ask(with_key("/admin/reload?model=arithmetic")).await;
     assert_eq!(refused.status, 422);
@@ -142,6 +152,11 @@ async fn reload_needs_a_key_and_tells_what_it_did() {
     assert_eq!(service.ask(with_key("/admin/reload?model=third")).await.status, 404);
     assert_eq!(service.metrics.reloads("arithmetic"), (1, 1));
     assert_eq!(service.metrics.reloads("second"), (2, 0));
+    std::fs::write(keys.path(), "no key\n").unwrap();
+    let refused = service.ask(with_key("/admin/reload")).await;
+    let message = refused.json()["error"].to_string();
+    assert!(refused.status == 422 && message.contains("line 1") && message.contains("tensor `x`"), "{message}");
+    assert!(accepted("new").await);
     // A service without keys has no administrators.
     let open = self::service(|_| {});
     assert_eq!(open.post("/admin/reload", json!({})).await.status, 401);

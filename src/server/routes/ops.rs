@@ -107,7 +107,8 @@ pub(crate) async fn model(State(app): State<AppState>, Path(id): Path<String>) -
 
 /// Loads a model (`?model=NAME`), or all of them, anew from where they came, and replaces each that passes its checks;
 /// what the old one has admitted is still answered. A new artefact that is damaged is refused, and the old one goes on
-/// serving. Needs an API key; a server without keys takes SIGHUP instead.
+/// serving. Without a name the file of API keys and the certificate are read again first. Needs an API key; a server
+/// without keys takes SIGHUP instead.
 #[utoipa::path(post, path = "/admin/reload", tag = "Operations",
     responses((status = 200, description = "The models that were replaced", body = ReloadResponse)))]
 pub(crate) async fn reload(State(app): State<AppState>, uri: Uri, headers: HeaderMap) -> Result<Response, ServerError> {
