@@ -200,6 +200,20 @@ def pods_can_do_nothing_but_serve():
 
 
 @check
+def who_may_ask_is_whom_the_values_let_in():
+    def sources(values):
+        rule = documents(values)["NetworkPolicy"]["spec"]["ingress"][0]
+        return [source.get("ipBlock", {}).get("cidr", "pods") for source in rule["from"]]
+
+    ingress = {"ingress": {"enabled": True, "hosts": [{"host": "e.example", "paths": [{"path": "/", "pathType": "Prefix"}]}]}}
+    outside = [{"service": {"type": "LoadBalancer"}}, {"service": {"type": "NodePort"}}, ingress]
+    assert sources({}) == ["pods"]
+    for values in outside:
+        assert sources(values) == ["pods", "0.0.0.0/0", "::/0"], values
+        assert sources(merge(values, {"networkPolicy": {"from": [{"podSelector": {}}]}})) == ["pods"], values
+
+
+@check
 def grpc_has_its_port_everywhere_or_nowhere():
     assert "grpc" not in yaml.safe_dump(documents()).lower()
     found = documents({"server": {"grpcPort": 8081}, "service": {"grpcPort": 9000}})
