@@ -303,3 +303,39 @@ async fn clients_of_http2_without_requests_hold_nothing_up_for_long() {
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     drop((idle, mute));
 }
+
+/// The first process of a container has no handlers but its own, and a model may be downloaded for minutes.
+#[test]
+fn a_server_that_loads_its_model_stops_at_once_when_it_is_told_to() {
+    // A hub that accepts and says nothing.
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let cache = tempfile::tempdir().unwrap();
+    let mut child = service::process::serve("info", &["--model-id", "org/name"])
+        .env("HF_ENDPOINT", format!("http://{}", hub.local_addr().unwrap()))
+        .env("HUGGINGFACE_HUB_CACHE", cache.path())
+        .env("NO_PROXY", "127.0.0.1")
+        .env_remove("HF_HUB_OFFLINE")
+        .env_remove("TRANSFORMERS_OFFLINE")
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let _connection = hub.accept().unwrap();
+    let signal = |name: &str| {
+        let pid = child.id().to_string();
+        assert!(std::process::Command::new("kill").args([name, &pid]).status().unwrap().success());
+    };
+    signal("-HUP");
+    std::thread::sleep(Duration::from_millis(200));
+    signal("-TERM");
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if start.elapsed() > Duration::from_secs(10) {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(status.code(), Some(0), "{status}");
+}

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use super::args::ServeArgs;
 use super::players;
 use crate::server::{AppState, Listeners, ServerConfig, TlsFiles, serve, termination};
-use crate::telemetry::{Metrics, TraceConfig, Tracer, process, subscriber};
+use crate::telemetry::{Metrics, TraceConfig, Tracer, events, process, subscriber};
 use load::Models;
 
 /// How long the last spans may take to reach their collector.
@@ -26,10 +27,6 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let metrics = Metrics::new();
     let n_threads = players::n_threads(&args.model);
     metrics.set_threads(n_threads);
-    let (models, parts) = Models::load(args, Arc::clone(&metrics))?;
-    let state = AppState::new(server_config(args), parts, metrics)?;
-    state.set_loader(Box::new(move |name| models.load_again(name).map_err(|error| format!("{error:#}"))));
-
     // The computing threads do the work; the reactor only moves bytes.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(n_threads.div_ceil(4))
@@ -37,7 +34,16 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("the async runtime")?;
-    let worker_died = runtime.block_on(listen(args, state))?;
+    // Before the models: loading may take minutes, and the first process of a container has no handlers but its own.
+    let (signals, loading) = {
+        let _context = runtime.enter();
+        Signals::register().context("signal handlers")?
+    };
+    let (models, parts) = Models::load(args, Arc::clone(&metrics))?;
+    let state = AppState::new(server_config(args), parts, metrics)?;
+    state.set_loader(Box::new(move |name| models.load_again(name).map_err(|error| format!("{error:#}"))));
+    loading.store(false, Ordering::SeqCst);
+    let worker_died = runtime.block_on(listen(args, state, signals))?;
     // Threads that wait for a client or a lock must not hold the process up.
     runtime.shutdown_timeout(Duration::from_millis(100));
     if worker_died {
@@ -46,9 +52,35 @@ pub(super) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The signals that a server minds.
+struct Signals {
+    /// Cancelled by the first one that asks it to end.
+    ended: CancellationToken,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// In the context of a runtime. While what is returned beside them is true, a signal to end ends the process at once:
+    /// nobody waits for an answer. One to read everything again is minded later.
+    fn register() -> std::io::Result<(Self, Arc<AtomicBool>)> {
+        let (hangup, terminated) = (signal(SignalKind::hangup())?, termination()?);
+        let (ended, loading) = (CancellationToken::new(), Arc::new(AtomicBool::new(true)));
+        let (told, is_loading) = (ended.clone(), Arc::clone(&loading));
+        tokio::spawn(async move {
+            terminated.await;
+            if is_loading.load(Ordering::SeqCst) {
+                events::stopped_while_loading();
+                std::process::exit(0);
+            }
+            told.cancel();
+        });
+        Ok((Self { ended, hangup }, loading))
+    }
+}
+
 /// Serves until a signal comes or a worker dies; tells whether one died.
-async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
-    let ended = termination().context("signal handlers")?;
+async fn listen(args: &ServeArgs, state: AppState, signals: Signals) -> anyhow::Result<bool> {
+    let Signals { ended, mut hangup } = signals;
     if let Some(endpoint) = &args.otlp_endpoint {
         let config = TraceConfig {
             endpoint: endpoint.clone(),
@@ -57,7 +89,6 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
         };
         state.set_tracer(Tracer::start(&config, state.metrics())?);
     }
-    let mut hangup = signal(SignalKind::hangup()).context("signal handlers")?;
     let bind = async |port: u16| {
         let listener = crate::server::bind(&args.hostname, port).await;
         listener.with_context(|| format!("cannot listen on {}:{port}", args.hostname))
@@ -73,7 +104,7 @@ async fn listen(args: &ServeArgs, state: AppState) -> anyhow::Result<bool> {
     let watched = state.clone();
     let shutdown = async move {
         tokio::select! {
-            () = ended => {}
+            () = ended.cancelled() => {}
             () = watched.died() => noted.store(true, Ordering::Relaxed),
         }
     };

@@ -240,6 +240,11 @@ pub fn ready(metrics: &Metrics, address: SocketAddr, grpc: Option<SocketAddr>, a
     info!(%address, grpc = grpc.map(tracing::field::display), admin = admin.map(tracing::field::display), "ready");
 }
 
+/// The end was asked for before there was anything to finish.
+pub fn stopped_while_loading() {
+    info!("stopped while loading");
+}
+
 /// No new work is taken; what was admitted is finished within `grace`.
 pub fn draining(metrics: &Metrics, grace: Duration) {
     metrics.set_ready(false);

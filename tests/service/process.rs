@@ -25,7 +25,8 @@ impl Drop for Process {
     }
 }
 
-fn serve(level: &str, arguments: &[&str]) -> Command {
+/// The server's command, on a free port.
+pub(crate) fn serve(level: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_niwaki"));
     command
         .args(["serve", "--hostname", "127.0.0.1", "--port", "0", "--threads", "1", "--json-output"])
