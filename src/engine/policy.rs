@@ -62,6 +62,28 @@ pub(crate) enum Lane {
     Long,
 }
 
+/// Up to when a deadline is as good as passed, for the entries of each lane.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Horizon {
+    pub(crate) short: Instant,
+    pub(crate) long: Instant,
+}
+
+impl Horizon {
+    pub(crate) fn of(self, lane: Lane) -> Instant {
+        match lane {
+            Lane::Short => self.short,
+            Lane::Long => self.long,
+        }
+    }
+}
+
+impl From<Instant> for Horizon {
+    fn from(now: Instant) -> Self {
+        Self { short: now, long: now }
+    }
+}
+
 /// The queue as the policy sees it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct QueueView<'a> {
@@ -102,10 +124,16 @@ pub(crate) enum Decision {
 }
 
 /// Decides for one free worker, of `idle_workers` (itself included) that are free.
-pub(crate) fn next(queue: &QueueView<'_>, now: Instant, limits: &PolicyLimits, idle_workers: usize) -> Decision {
+pub(crate) fn next(
+    queue: &QueueView<'_>,
+    horizon: impl Into<Horizon>,
+    limits: &PolicyLimits,
+    idle_workers: usize,
+) -> Decision {
+    let horizon = horizon.into();
     // Dead and expired heads go first, so that below a head is a sequence that can run.
     for (lane, entries) in [(Lane::Short, queue.short), (Lane::Long, queue.long)] {
-        let scan = entries.iter().take_while(|header| !header.runnable(now)).count();
+        let scan = entries.iter().take_while(|header| !header.runnable(horizon.of(lane))).count();
         if scan > 0 {
             return Decision::Take { lane, scan, n_seqs: 0, n_tokens: 0 };
         }
@@ -113,20 +141,39 @@ pub(crate) fn next(queue: &QueueView<'_>, now: Instant, limits: &PolicyLimits, i
     let budget = budget(queue.tokens, limits, idle_workers);
     match (queue.short.front(), queue.long.front()) {
         (None, None) => Decision::Idle,
-        (Some(_), None) => fill(Lane::Short, queue.short, now, budget, limits.max_batch_requests),
-        (None, Some(_)) => fill(Lane::Long, queue.long, now, budget, limits.max_batch_requests),
+        (Some(_), None) => fill(Lane::Short, queue.short, horizon.short, budget, limits.max_batch_requests),
+        (None, Some(_)) => fill(Lane::Long, queue.long, horizon.long, budget, limits.max_batch_requests),
         (Some(_), Some(head)) => {
             if queue.overtaken >= limits.overtake.saturating_mul(head.tokens) {
-                fill(Lane::Long, queue.long, now, budget, 1)
+                fill(Lane::Long, queue.long, horizon.long, budget, 1)
             } else {
-                fill(Lane::Short, queue.short, now, budget, limits.max_batch_requests)
+                fill(Lane::Short, queue.short, horizon.short, budget, limits.max_batch_requests)
             }
         }
     }
 }
 
+/// Tokens of the batch that `lane` would give now.
+pub(crate) fn batch_tokens(
+    queue: &QueueView<'_>,
+    lane: Lane,
+    now: Instant,
+    limits: &PolicyLimits,
+    idle_workers: usize,
+) -> usize {
+    let (entries, max_seqs) = match lane {
+        Lane::Short => (queue.short, limits.max_batch_requests),
+        Lane::Long if queue.short.iter().any(|header| header.runnable(now)) => (queue.long, 1),
+        Lane::Long => (queue.long, limits.max_batch_requests),
+    };
+    match fill(lane, entries, now, budget(queue.tokens, limits, idle_workers), max_seqs) {
+        Decision::Take { n_tokens, .. } => n_tokens,
+        Decision::Idle => 0,
+    }
+}
+
 /// Tokens that a batch of several sequences may hold; see the module's text.
-pub(crate) fn budget(queued_tokens: usize, limits: &PolicyLimits, idle_workers: usize) -> usize {
+fn budget(queued_tokens: usize, limits: &PolicyLimits, idle_workers: usize) -> usize {
     let share = queued_tokens.div_ceil(idle_workers.max(1));
     let most = limits.target_batch_tokens.min(limits.max_batch_tokens);
     share.max(limits.min_share_tokens).min(most)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::policy::{self, Decision, Header, Lane, PolicyLimits, QueueView};
+use super::policy::{self, Decision, Header, Horizon, Lane, PolicyLimits, QueueView};
 
 /// Cancelled entries stay in their lane until they outnumber the live ones by this many: removal is then amortised.
 const COMPACT_AT: usize = 64;
@@ -96,38 +96,50 @@ impl<T> Queue<T> {
         out
     }
 
-    /// Up to when a deadline is as good as passed at `now`, given the `seconds_per_token` of a worker.
+    /// Up to when a deadline is as good as passed at `now`, given the `seconds_per_token` of a worker: the end of the batch that
+    /// its lane would give.
     ///
     /// Under overload the head of the queue has always waited for nearly its deadline. A worker that took it because a
     /// moment was left would compute it for nobody, and so on with the next, for ever: all are late, though the worker
     /// never rests. So those go first that would be late at the end of their batch, if there are others that would not.
     /// (If there are none, the estimate decides nothing: work is done, and what is measured of it mends the estimate.)
-    pub(crate) fn horizon(&self, now: Instant, idle_workers: usize, seconds_per_token: Option<f64>) -> Instant {
+    pub(crate) fn horizon(&self, now: Instant, idle_workers: usize, seconds_per_token: Option<f64>) -> Horizon {
         /// Of each lane's end. The last to come have the most time left, unless they asked for less than others.
         const LOOKED_AT: usize = 8;
         /// Batches that take longer than the mean are late too.
         const MARGIN: f64 = 1.5;
-        let tokens = policy::budget(self.tokens, &self.limits, idle_workers).min(self.tokens);
-        let batch = seconds_per_token.and_then(|each| Duration::try_from_secs_f64(MARGIN * each * tokens as f64).ok());
-        let end = batch.and_then(|batch| now.checked_add(batch)).unwrap_or(now);
-        let lasts = [&self.short, &self.long].map(|entries| entries.headers.iter().rev().take(LOOKED_AT));
-        let others = lasts.into_iter().flatten().any(|header| header.runnable(end));
-        if others { end } else { now }
+        let Some(each) = seconds_per_token else { return now.into() };
+        let end = |lane| {
+            let tokens = policy::batch_tokens(&self.view(), lane, now, &self.limits, idle_workers);
+            let batch = Duration::try_from_secs_f64(MARGIN * each * tokens as f64).ok();
+            batch.and_then(|batch| now.checked_add(batch)).unwrap_or(now)
+        };
+        let ends = Horizon { short: end(Lane::Short), long: end(Lane::Long) };
+        let in_time = |entries: &Entries<T>, end| entries.headers.iter().rev().take(LOOKED_AT).any(|h| h.runnable(end));
+        if in_time(&self.short, ends.short) || in_time(&self.long, ends.long) { ends } else { now.into() }
     }
 
-    /// Moves what a free worker shall run into `run`, and what has expired by `now` into `shed`.
-    pub(crate) fn take(&mut self, now: Instant, idle_workers: usize, run: &mut Vec<T>, shed: &mut Vec<T>) -> Taken {
+    fn view(&self) -> QueueView<'_> {
+        QueueView {
+            short: &self.short.headers,
+            long: &self.long.headers,
+            tokens: self.tokens,
+            overtaken: self.overtaken,
+        }
+    }
+
+    /// Moves what a free worker shall run into `run`, and what has expired by `horizon` into `shed`.
+    pub(crate) fn take(
+        &mut self,
+        horizon: impl Into<Horizon>,
+        idle_workers: usize,
+        run: &mut Vec<T>,
+        shed: &mut Vec<T>,
+    ) -> Taken {
+        let horizon = horizon.into();
         loop {
-            let view = QueueView {
-                short: &self.short.headers,
-                long: &self.long.headers,
-                tokens: self.tokens,
-                overtaken: self.overtaken,
-            };
-            let Decision::Take { lane, scan, n_seqs, n_tokens } = policy::next(&view, now, &self.limits, idle_workers)
-            else {
-                return Taken::default();
-            };
+            let decision = policy::next(&self.view(), horizon, &self.limits, idle_workers);
+            let Decision::Take { lane, scan, n_seqs, n_tokens } = decision else { return Taken::default() };
             let entries = match lane {
                 Lane::Short => &mut self.short,
                 Lane::Long => &mut self.long,
@@ -136,7 +148,7 @@ impl<T> Queue<T> {
                 let Some(payload) = payload else { continue };
                 entries.n_live -= 1;
                 self.tokens -= header.tokens;
-                let expired = header.deadline.is_some_and(|deadline| deadline <= now);
+                let expired = header.deadline.is_some_and(|deadline| deadline <= horizon.of(lane));
                 if expired { shed.push(payload) } else { run.push(payload) }
             }
             match lane {
@@ -277,6 +289,28 @@ mod tests {
             assert_eq!(queue.cancel(&(first..first + 2)).len(), 2);
             assert!(queue.n_entries() <= 2 * (COMPACT_AT + 1), "{}", queue.n_entries());
         }
+    }
+
+    #[test]
+    fn a_deadline_is_held_against_the_batch_of_its_own_lane() {
+        let now = Instant::now();
+        let taken = |limits, waiting: &[(usize, Option<u64>)]| {
+            let mut queue = Queue::new(limits);
+            for (index, &(tokens, ttl)) in waiting.iter().enumerate() {
+                queue.push(tokens, ttl.map(|ms| now + Duration::from_millis(ms)), index);
+            }
+            let (mut run, mut shed) = (Vec::new(), Vec::new());
+            // A millisecond a token, and half of that again.
+            let horizon = queue.horizon(now, 1, Some(1e-3));
+            queue.take(horizon, 1, &mut run, &mut shed);
+            (run, shed)
+        };
+        assert_eq!(taken(LIMITS, &[(100, None), (10, Some(20))]), (vec![1], vec![]), "a long one waits");
+        assert_eq!(taken(LIMITS, &[(100, Some(20)), (10, Some(20))]), (vec![1], vec![0]), "that one is late");
+        let single = PolicyLimits { max_batch_requests: 1, ..LIMITS };
+        let many = [(10, Some(20)), (10, None), (10, None), (10, None)];
+        assert_eq!(taken(single, &many), (vec![0], vec![]), "the others are not in its batch");
+        assert_eq!(taken(LIMITS, &many), (vec![1, 2, 3], vec![0]), "they are");
     }
 
     /// One worker of 6,000 tokens a second, for 60 s of sequences of 80 tokens whose clients wait for 0.9 s: the share of
