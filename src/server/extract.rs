@@ -243,7 +243,13 @@ async fn read(
             return Err(ServerError::BodyTooLarge { limit });
         }
         if n_bytes > SMALL_BODY && memory.is_none() {
-            memory = Some(take_memory(app, limit)?);
+            memory = match take_memory(app, limit) {
+                Ok(memory) => Some(memory),
+                Err(error) => {
+                    discard(headers, body).await;
+                    return Err(error);
+                }
+            };
         }
         if n_bytes == data.len() {
             first = data;
@@ -282,6 +288,9 @@ pub(crate) async fn discard(headers: &HeaderMap, mut body: Body) {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use tokio::time::sleep;
 
     use super::*;
@@ -307,6 +316,21 @@ mod tests {
             }
         };
         timeout(Duration::from_secs(10), freed).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_body_of_unknown_length_that_is_refused_is_read_to_its_end() {
+        let app = state();
+        let _all = take_memory(&app, usize::MAX).unwrap();
+        let n_read = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&n_read);
+        let pieces = (0..10).map(move |_| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, Infallible>(vec![b' '; 20 * 1024])
+        });
+        let refused = read(&app, &HeaderMap::new(), Body::from_stream(tokio_stream::iter(pieces))).await;
+        assert!(matches!(refused, Err(ServerError::BodyMemory)));
+        assert_eq!(n_read.load(Ordering::Relaxed), 10, "its client would see a reset instead of the refusal");
     }
 
     #[test]
