@@ -43,7 +43,7 @@ fn options(truncate: bool, direction: i32, prompt_name: Option<String>) -> Optio
     Options { truncate: Some(truncate), direction, prompt_name }
 }
 
-fn small(n: usize) -> u32 {
+fn narrow(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
@@ -53,8 +53,8 @@ fn nanos(duration: Duration) -> u64 {
 
 fn metadata(timing: &Timing) -> Option<Metadata> {
     Some(Metadata {
-        compute_chars: small(timing.n_chars),
-        compute_tokens: small(timing.n_tokens),
+        compute_chars: narrow(timing.n_chars),
+        compute_tokens: narrow(timing.n_tokens),
         total_time_ns: nanos(timing.clock.start.elapsed()),
         tokenization_time_ns: nanos(timing.tokenize),
         queue_time_ns: nanos(timing.queue),
@@ -84,12 +84,12 @@ pub(super) async fn info(context: Context, _: InfoRequest) -> Result<Answer<Info
         model_sha: model.card.model_sha.clone(),
         model_dtype: model.card.dtype.clone(),
         model_type: model_type.into(),
-        max_concurrent_requests: small(limits.max_concurrent_requests),
-        max_input_length: small(model.max_input_tokens),
-        max_batch_tokens: small(limits.max_batch_tokens),
-        max_batch_requests: limits.max_batch_requests.map(small),
-        max_client_batch_size: small(config.max_client_batch_size),
-        tokenization_workers: small(config.tokenization_workers.get()),
+        max_concurrent_requests: narrow(limits.max_concurrent_requests),
+        max_input_length: narrow(model.max_input_tokens),
+        max_batch_tokens: narrow(limits.max_batch_tokens),
+        max_batch_requests: limits.max_batch_requests.map(narrow),
+        max_client_batch_size: narrow(config.max_client_batch_size),
+        tokenization_workers: narrow(config.tokenization_workers.get()),
     };
     Ok(message.into())
 }
@@ -172,7 +172,7 @@ pub(super) async fn rerank(context: Context, request: RerankRequest) -> Result<A
     let mut kept = if return_text { texts.iter().cloned().map(Some).collect() } else { vec![None; texts.len()] };
     let options = options(truncate, truncation_direction, None);
     let Computed { reply, timing, memory } = run(context, pairs(&query, texts), options, Want::Pooled).await?;
-    let rank = |(index, score): (usize, f32)| Rank { index: small(index), text: kept[index].take(), score };
+    let rank = |(index, score): (usize, f32)| Rank { index: narrow(index), text: kept[index].take(), score };
     let ranks = ranked(head, reply, raw_scores).into_iter().map(rank).collect();
     Ok(Answer { message: RerankResponse { ranks, metadata: metadata(&timing) }, memory })
 }
@@ -221,8 +221,8 @@ pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result
         id: token.id,
         text: token.text,
         special: token.special,
-        start: token.start.map(small),
-        stop: token.stop.map(small),
+        start: token.start.map(narrow),
+        stop: token.stop.map(narrow),
     };
     Ok(Answer { message: EncodeResponse { tokens: tokens.into_iter().map(message).collect() }, memory })
 }
