@@ -7,8 +7,9 @@ use axum::response::Response;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ServerError;
-use super::extract::{Clock, SMALL_BODY, Target, take_memory};
+use super::extract::{Clock, SMALL_BODY, Target};
 use super::inputs::{Options, Piece, encode};
+use super::memory::{merged, take_above};
 use crate::engine::{Reply, Submission};
 use crate::model::Want;
 use crate::telemetry::Stage;
@@ -84,13 +85,15 @@ pub(crate) struct Work {
     pub(crate) pieces: Vec<Piece>,
     /// What the request calls its inputs.
     pub(crate) field: &'static str,
+    /// Whether the answer gives texts back: it then holds their share.
+    pub(crate) echoes: bool,
 }
 
 /// What the engine computed for a request.
 pub(crate) struct Computed {
     pub(crate) reply: Reply,
     pub(crate) timing: Timing,
-    /// The rows' share of the memory for answers, if they are many.
+    /// The share of the memory for answers: of the rows, if they are many, and of texts that are given back.
     pub(crate) memory: Option<OwnedSemaphorePermit>,
 }
 
@@ -112,15 +115,16 @@ pub(crate) async fn compute_above(
     options: Options,
     want: Want,
 ) -> Result<Computed, ServerError> {
-    let Work { clock, body_memory, pieces, field } = work;
-    let encoded = encode(target, &clock, pieces, options, field, body_memory).await?;
+    let Work { clock, body_memory, pieces, field, echoes } = work;
+    let mut encoded = encode(target, &clock, pieces, options, field, body_memory).await?;
+    let body_memory = encoded.memory.take().filter(|_| echoes);
     // The engine lets go of an answer's memory when it hands it out, but the client may take its time.
     let model = &target.model;
     let token_floats =
         if want == Want::PooledAndTokens { encoded.n_tokens.saturating_mul(model.card.d_model) } else { 0 };
     let n_floats = encoded.sequences.len().saturating_mul(model.width()).saturating_add(token_floats);
     let n_bytes = n_floats.saturating_mul(size_of::<f32>());
-    let memory = if n_bytes > small { Some(take_memory(&target.app, n_bytes)?) } else { None };
+    let memory = merged(take_above(small, &target.app, n_bytes)?, body_memory);
     let submission = Submission { sequences: encoded.sequences, want, deadline: clock.deadline };
     let reply = model.engine.submit(submission).await?;
     let n_tokens = [("niwaki.tokens", encoded.n_tokens)];
@@ -143,6 +147,7 @@ mod tests {
 
     use super::*;
     use crate::server::api::Item;
+    use crate::server::memory::take_memory;
     use crate::server::testing::{busy_tokenizer, state};
     use crate::telemetry::Trace;
 
@@ -156,7 +161,8 @@ mod tests {
         let clock = Clock { start, deadline: Some(start + Duration::from_millis(20)), trace: Trace::default() };
         let text = "tree ".repeat(20 * 1024);
         let body_memory = Some(take_memory(&app, text.len()).unwrap());
-        let work = Work { clock, body_memory, pieces: vec![Piece::Item(Item::Text(text))], field: "inputs" };
+        let pieces = vec![Piece::Item(Item::Text(text))];
+        let work = Work { clock, body_memory, pieces, field: "inputs", echoes: false };
         let late = compute(&target, work, Options::default(), Want::Pooled).await;
         assert!(matches!(late, Err(ServerError::Deadline { .. })));
         assert_eq!(app.body_memory.available_permits(), free - 100, "its client has given up, and the text is there");
@@ -178,7 +184,7 @@ mod tests {
         let work = || {
             let clock = Clock { start: Instant::now(), deadline: None, trace: Trace::default() };
             let pieces = vec![Piece::Item(Item::Text("tree ".repeat(1000)))];
-            Work { clock, body_memory: None, pieces, field: "inputs" }
+            Work { clock, body_memory: None, pieces, field: "inputs", echoes: false }
         };
         let short = Duration::from_millis(20);
         assert!(timeout(short, compute(&target, work(), Options::default(), Want::Pooled)).await.is_err());

@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::api::{Named, Object};
 use super::error::ServerError;
 use super::layers::{Arrival, MODEL, REQUEST_TIMEOUT};
+use super::memory::take_memory;
 use super::models::Model;
 use super::state::AppState;
 use crate::telemetry::{ExpiryStage, Route, Trace, events};
@@ -201,13 +202,6 @@ fn is_json(headers: &HeaderMap) -> bool {
 
 fn declared_len(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// A share of the memory for large bodies and answers, in whole KiB. What is larger than all of it takes all of it.
-pub(crate) fn take_memory(app: &AppState, n_bytes: usize) -> Result<OwnedSemaphorePermit, ServerError> {
-    let n_kib = n_bytes.div_ceil(1024).min(app.config.max_body_bytes / 1024);
-    let n_kib = u32::try_from(n_kib).expect("`max_body_bytes` fits 32 bits: AppState::new");
-    Arc::clone(&app.body_memory).try_acquire_many_owned(n_kib).map_err(|_| ServerError::BodyMemory)
 }
 
 async fn read(

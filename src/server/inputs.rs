@@ -64,6 +64,8 @@ pub(crate) struct Encoded {
     pub(crate) n_chars: usize,
     pub(crate) n_tokens: usize,
     pub(crate) took: Duration,
+    /// The share of the memory for bodies that the inputs had.
+    pub(crate) memory: Option<OwnedSemaphorePermit>,
 }
 
 /// The list of inputs, checked for their number.
@@ -172,12 +174,16 @@ pub(crate) async fn encode(
     let prompt_len = prompt(&target.model, options.prompt_name.as_deref())?.map_or(0, str::len);
     let n_bytes = pieces.iter().map(|piece| piece.len() + prompt_len).sum();
     let (mut encoded, took) = tokenizing(target, clock, n_bytes, move |target, tokenizer, wanted| {
-        let _memory = memory;
         let Target { app, model } = target;
         let prompt = prompt(model, options.prompt_name.as_deref())?;
         let mut encoder = Encoder { app, model, tokenizer, prompt, options: &options, field, first: None };
-        let mut encoded =
-            Encoded { sequences: Vec::with_capacity(pieces.len()), n_chars: 0, n_tokens: 0, took: Duration::ZERO };
+        let mut encoded = Encoded {
+            sequences: Vec::with_capacity(pieces.len()),
+            n_chars: 0,
+            n_tokens: 0,
+            took: Duration::ZERO,
+            memory,
+        };
         for piece in pieces {
             if !wanted.now() {
                 // Nobody will see this.

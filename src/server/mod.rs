@@ -16,6 +16,7 @@ mod inputs;
 mod keys;
 mod layers;
 mod listen;
+mod memory;
 mod models;
 mod numbers;
 pub mod openapi;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Frame;
-use niwaki::server::grpc::messages::{EmbedAllRequest, EmbedRequest};
+use niwaki::server::grpc::messages::{EmbedAllRequest, EmbedRequest, EncodeRequest};
 use niwaki::server::{Listeners, serve};
 use niwaki::telemetry::RejectReason;
 use prost::Message;
@@ -15,9 +15,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
+use tower::ServiceExt;
 
 use super::http2;
-use crate::service::{Client, MAX_TOKENS, Service, Setup, service};
+use crate::service::{Client, MAX_TOKENS, Service, Setup, post, service};
 
 const HEADERS: [(&str, &str); 2] = [("content-type", "application/grpc"), ("te", "trailers")];
 
@@ -139,4 +140,52 @@ async fn answers_of_a_stream_hold_their_memory_until_they_are_taken() {
     let answer = http2::send(&mut client, "/tei.v1.Embed/EmbedAllStream", &HEADERS, body).await.unwrap();
     let answer = answer.into_body().collect().await.unwrap();
     assert_eq!(code(answer.trailers().unwrap()), Code::Ok);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_of_grpc_hold_their_memory_until_they_are_taken() {
+    // Four thousand tokens take some 260 KB.
+    let (service, _, grpc) = serving(|setup| {
+        setup.config.payload_limit = 100_000;
+        setup.config.max_body_bytes = 400_000;
+    })
+    .await;
+    let request = EncodeRequest { inputs: "!".repeat(4000), add_special_tokens: false, prompt_name: None };
+    let message = framed(&request);
+    let client = http2::connect(TcpStream::connect(grpc).await.unwrap(), Some(1000)).await;
+    let tokenize = async || {
+        let (mut client, body) = (client.clone(), Full::from(message.clone()).boxed());
+        http2::send(&mut client, "/tei.v1.Tokenize/Tokenize", &HEADERS, body).await.unwrap()
+    };
+    let first = tokenize().await;
+    assert!(Status::from_header_map(first.headers()).is_none(), "it has begun");
+    assert_eq!(code(tokenize().await.headers()), Code::ResourceExhausted);
+    assert_eq!(service.metrics.rejections(RejectReason::Memory), 1);
+    let first = first.into_body().collect().await.unwrap();
+    assert_eq!(code(first.trailers().unwrap()), Code::Ok);
+    let second = tokenize().await.into_body().collect().await.unwrap();
+    assert_eq!(code(second.trailers().unwrap()), Code::Ok);
+}
+
+#[tokio::test]
+async fn answers_that_are_texts_hold_their_memory_until_they_are_taken() {
+    let service = service(|setup| {
+        setup.classify(&["LABEL_0"]);
+        setup.config.payload_limit = 1_000_000;
+        setup.config.max_body_bytes = 1_000_000;
+    });
+    let text = "a ".repeat(300_000);
+    for (path, body) in [
+        ("/rerank", json!({"query": "a", "texts": [text], "return_text": true})),
+        ("/v1/rerank", json!({"query": "a", "documents": [text], "return_documents": true})),
+        ("/decode", json!({"ids": vec![vec![6; 4000]; 32]})),
+    ] {
+        let answer = service.router.clone().oneshot(post(path, &body)).await.unwrap();
+        assert_eq!(answer.status(), 200, "{path}");
+        assert_eq!(service.post(path, body.clone()).await.status, 429, "{path}");
+        let bytes = answer.into_body().collect().await.unwrap().to_bytes();
+        assert!(bytes.len() > 500_000, "{path}");
+        drop(bytes);
+        assert_eq!(service.post(path, body).await.status, 200, "{path}");
+    }
 }

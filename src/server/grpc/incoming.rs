@@ -12,7 +12,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout};
 
 use crate::server::error::ServerError;
-use crate::server::extract::take_memory;
+use crate::server::memory::take_above;
 use crate::server::state::AppState;
 
 /// Before each message: whether it is compressed, and its length.
@@ -56,7 +56,7 @@ impl<Req: Message + Default> Messages<Req> {
         if len > limit {
             return Err(ServerError::BodyTooLarge { limit });
         }
-        let memory = if len > self.small { Some(take_memory(&self.app, len)?) } else { None };
+        let memory = take_above(self.small, &self.app, len)?;
         let mut bytes = Vec::with_capacity(len);
         // A stream may say nothing for hours, but not in the middle of a message: it holds memory for the rest of it.
         let limit = self.app.config.body_timeout;

@@ -23,6 +23,7 @@ use crate::server::compute::{Computed, Timing, Work, compute_above};
 use crate::server::config::Task;
 use crate::server::error::ServerError;
 use crate::server::inputs::{Options, Piece, check_chars, checked_len, prompt, prompted, tokenizing};
+use crate::server::memory::{merged, take_above};
 use crate::server::routes::embed::{checked_dimensions, vectors};
 use crate::server::routes::ops::is_ready;
 use crate::server::routes::score::{pairs, piece, predictions, ranked};
@@ -63,8 +64,19 @@ fn metadata(timing: &Timing) -> Option<Metadata> {
 }
 
 async fn run(context: Context, pieces: Vec<Piece>, options: Options, want: Want) -> Result<Computed, ServerError> {
+    run_as(context, pieces, options, want, false).await
+}
+
+/// The same; `echoes` if the answer gives texts back.
+async fn run_as(
+    context: Context,
+    pieces: Vec<Piece>,
+    options: Options,
+    want: Want,
+    echoes: bool,
+) -> Result<Computed, ServerError> {
     let Context { target, clock, memory, small } = context;
-    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs", echoes };
     compute_above(small, &target, work, options, want).await
 }
 
@@ -171,7 +183,8 @@ pub(super) async fn rerank(context: Context, request: RerankRequest) -> Result<A
     let head = model.reranker()?;
     let mut kept = if return_text { texts.iter().cloned().map(Some).collect() } else { vec![None; texts.len()] };
     let options = options(truncate, truncation_direction, None);
-    let Computed { reply, timing, memory } = run(context, pairs(&query, texts), options, Want::Pooled).await?;
+    let pieces = pairs(&query, texts);
+    let Computed { reply, timing, memory } = run_as(context, pieces, options, Want::Pooled, return_text).await?;
     let rank = |(index, score): (usize, f32)| Rank { index: narrow(index), text: kept[index].take(), score };
     let ranks = ranked(head, reply, raw_scores).into_iter().map(rank).collect();
     Ok(Answer { message: RerankResponse { ranks, metadata: metadata(&timing) }, memory })
@@ -184,11 +197,7 @@ pub(super) async fn rerank_stream(
     let mut whole: Option<RerankRequest> = None;
     let mut memory: Option<OwnedSemaphorePermit> = None;
     while let Some((message, share)) = messages.next_of_many().await? {
-        match (&mut memory, share) {
-            (Some(memory), Some(share)) => memory.merge(share),
-            (None, share) => memory = share,
-            (Some(_), None) => {}
-        }
+        memory = merged(memory, share);
         let RerankStreamRequest { query, text, truncate, raw_scores, return_text, truncation_direction } = message;
         let whole = whole.get_or_insert_with(|| RerankRequest {
             query,
@@ -209,7 +218,7 @@ pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result
     if inputs.is_empty() {
         return Err(ServerError::Empty { field: "inputs" });
     }
-    let Context { target, clock, memory, .. } = context;
+    let Context { target, clock, memory, small } = context;
     let ((tokens, memory), _) = tokenizing(&target, &clock, inputs.len(), move |target, tokenizer, _| {
         let prompt = prompt(&target.model, prompt_name.as_deref())?;
         check_chars(&target.model, &[prompt.unwrap_or_default(), &inputs])?;
@@ -217,6 +226,9 @@ pub(super) async fn tokenize(context: Context, request: EncodeRequest) -> Result
         Ok((tokens(tokenizer, &prompted(prompt, &inputs), add_special_tokens)?, memory))
     })
     .await?;
+    drop(memory);
+    let n_bytes = tokens.iter().map(|token| size_of::<api::SimpleToken>() + token.text.len()).sum();
+    let memory = take_above(small, &target.app, n_bytes)?;
     let message = |token: api::SimpleToken| SimpleToken {
         id: token.id,
         text: token.text,
@@ -232,11 +244,13 @@ pub(super) async fn decode(context: Context, request: DecodeRequest) -> Result<A
     if ids.is_empty() {
         return Err(ServerError::Empty { field: "ids" });
     }
-    let Context { target, clock, memory, .. } = context;
+    let Context { target, clock, memory, small } = context;
     let ((text, memory), _) = tokenizing(&target, &clock, 4 * ids.len(), move |target, tokenizer, _| {
         Ok((text_of(&target.model, tokenizer, &ids, skip_special_tokens)?, memory))
     })
     .await?;
+    drop(memory);
+    let memory = take_above(small, &target.app, text.len())?;
     Ok(Answer { message: DecodeResponse { text }, memory })
 }
 

@@ -68,7 +68,7 @@ pub(crate) async fn embed(call: Call<EmbedRequest>) -> Result<Response, ServerEr
     let pieces = pieces_of(&target.app, inputs, "inputs")?;
     let dimensions = checked_dimensions(&target.model, dimensions)?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs", echoes: false };
     let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let writer = RowsWriter::new(vectors(reply, dimensions, normalize), Layout::Vectors);
     Ok(timing.on(writer.of(output_dtype.unwrap_or_default()).respond(&target.app.metrics, &timing.clock.trace, memory)))
@@ -96,7 +96,7 @@ pub(crate) async fn embed_all(call: Call<EmbedAllRequest>) -> Result<Response, S
     let EmbedAllRequest { inputs, truncate, truncation_direction, prompt_name } = body;
     let pieces = pieces_of(&target.app, inputs, "inputs")?;
     let options = Options { truncate, direction: truncation_direction, prompt_name };
-    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs", echoes: false };
     let Computed { reply, timing, memory } = compute(&target, work, options, Want::PooledAndTokens).await?;
     let rows = reply.rows.into_iter().map(|rows| rows.tokens).collect();
     let writer = RowsWriter::new(rows, Layout::TokenVectors { width: target.model.card.d_model });
@@ -126,7 +126,7 @@ pub(crate) async fn similarity(call: Call<SimilarityRequest>) -> Result<Response
         direction: parameters.truncation_direction,
         prompt_name: parameters.prompt_name,
     };
-    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs", echoes: false };
     let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let (source, others) = reply.rows.split_first().ok_or(ServerError::Internal)?;
     let cosines = others.iter().map(|rows| cosine(&source.pooled, &rows.pooled)).collect();
@@ -143,7 +143,7 @@ pub(crate) async fn v1_embeddings(call: Call<OpenAiRequest>) -> Result<Response,
     target.model.embeds()?;
     let pieces = pieces_of(&target.app, body.input, "input")?;
     let dimensions = checked_dimensions(&target.model, body.dimensions)?;
-    let work = Work { clock, body_memory: memory, pieces, field: "input" };
+    let work = Work { clock, body_memory: memory, pieces, field: "input", echoes: false };
     let Computed { reply, timing, memory } = compute(&target, work, Options::default(), Want::Pooled).await?;
     let layout = Layout::OpenAi {
         format: body.encoding_format.unwrap_or_default(),

@@ -14,6 +14,7 @@ use crate::server::config::Task;
 use crate::server::error::ServerError;
 use crate::server::extract::{Call, Received, Target};
 use crate::server::inputs::{Options, Piece, checked_batch, checked_len};
+use crate::server::memory::held;
 use crate::server::models::{Model, json as to_json};
 use crate::server::routes::embed::{checked_dimensions, vectors};
 use crate::server::routes::ops::{is_ready, json};
@@ -113,7 +114,7 @@ pub(crate) async fn infer(Path(name): Path<String>, received: Received) -> Resul
     let pieces = pieces(&target, body.inputs)?;
     let options =
         Options { truncate: parameters.truncate, direction: parameters.truncation_direction, prompt_name: None };
-    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs", echoes: false };
     let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let n = reply.rows.len();
     let tensor = |name, rows: Vec<Vec<f32>>| {
@@ -139,9 +140,7 @@ pub(crate) async fn infer(Path(name): Path<String>, received: Received) -> Resul
         id: body.id,
         outputs,
     };
-    let response = json(to_json(&response)).into_response();
-    drop(memory);
-    Ok(timing.on(response))
+    Ok(timing.on(json(held(to_json(&response), memory)).into_response()))
 }
 
 fn invalid(field: &'static str, reason: impl Into<String>) -> ServerError {

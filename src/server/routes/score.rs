@@ -16,6 +16,7 @@ use crate::server::error::ServerError;
 use crate::server::extract::Call;
 use crate::server::inputs::{Options, Piece, checked_batch};
 use crate::server::layers::RequestId;
+use crate::server::memory::held;
 use crate::server::models::json as to_json;
 use crate::server::routes::ops::json;
 
@@ -70,14 +71,14 @@ pub(crate) async fn predict(call: Call<PredictRequest>) -> Result<Response, Serv
     };
     let pieces = sentences.into_iter().map(piece).collect();
     let options = Options { truncate, direction: truncation_direction, prompt_name: None };
-    let work = Work { clock, body_memory: memory, pieces, field: "inputs" };
-    let Computed { reply, timing, .. } = compute(&target, work, options, Want::Pooled).await?;
+    let work = Work { clock, body_memory: memory, pieces, field: "inputs", echoes: false };
+    let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let mut answers: Vec<_> = reply.rows.into_iter().map(|rows| predictions(head, rows.pooled, raw_scores)).collect();
     let answer = match is_list {
         true => Predictions::Many(answers),
         false => Predictions::One(answers.pop().unwrap_or_default()),
     };
-    Ok(timing.on(json(to_json(&answer)).into_response()))
+    Ok(timing.on(json(held(to_json(&answer), memory)).into_response()))
 }
 
 /// How well each text answers the query, best first.
@@ -94,11 +95,12 @@ pub(crate) async fn rerank(call: Call<RerankRequest>) -> Result<Response, Server
     let mut kept: Vec<_> =
         if return_text { texts.iter().cloned().map(Some).collect() } else { vec![None; texts.len()] };
     let options = Options { truncate, direction: truncation_direction, prompt_name: None };
-    let work = Work { clock, body_memory: memory, pieces: pairs(&query, texts), field: "texts" };
-    let Computed { reply, timing, .. } = compute(&target, work, options, Want::Pooled).await?;
+    let pieces = pairs(&query, texts);
+    let work = Work { clock, body_memory: memory, pieces, field: "texts", echoes: return_text };
+    let Computed { reply, timing, memory } = compute(&target, work, options, Want::Pooled).await?;
     let rank = |(index, score): (usize, f32)| Rank { index, text: kept[index].take(), score };
     let ranks: Vec<_> = ranked(head, reply, raw_scores).into_iter().map(rank).collect();
-    Ok(timing.on(json(to_json(&ranks)).into_response()))
+    Ok(timing.on(json(held(to_json(&ranks), memory)).into_response()))
 }
 
 /// How well each document answers the query, best first, in the words of Cohere's and Jina's APIs.
@@ -116,12 +118,13 @@ pub(crate) async fn v1_rerank(
     }
     let texts: Vec<String> =
         checked_batch(&target.app, documents, "documents")?.into_iter().map(|document| document.0).collect();
-    let mut kept: Vec<_> = match return_documents {
-        Some(true) => texts.iter().map(|text| Some(DocumentText { text: text.clone() })).collect(),
-        _ => vec![None; texts.len()],
+    let echoes = return_documents == Some(true);
+    let mut kept: Vec<_> = match echoes {
+        true => texts.iter().map(|text| Some(DocumentText { text: text.clone() })).collect(),
+        false => vec![None; texts.len()],
     };
-    let work = Work { clock, body_memory: memory, pieces: pairs(&query, texts), field: "documents" };
-    let Computed { reply, timing, .. } = compute(&target, work, Options::default(), Want::Pooled).await?;
+    let work = Work { clock, body_memory: memory, pieces: pairs(&query, texts), field: "documents", echoes };
+    let Computed { reply, timing, memory } = compute(&target, work, Options::default(), Want::Pooled).await?;
     let mut ranked = ranked(head, reply, false);
     ranked.truncate(top_n.unwrap_or(usize::MAX));
     let result =
@@ -133,7 +136,7 @@ pub(crate) async fn v1_rerank(
         results: ranked.into_iter().map(result).collect(),
         usage: OpenAiUsage { prompt_tokens: timing.n_tokens, total_tokens: timing.n_tokens },
     };
-    Ok(timing.on(json(to_json(&response)).into_response()))
+    Ok(timing.on(json(held(to_json(&response), memory)).into_response()))
 }
 
 /// The same as `/v1/rerank`.

@@ -4,8 +4,9 @@ use axum::response::{IntoResponse, Response};
 
 use crate::server::api::{DecodeRequest, SimpleToken, Texts, TokenizeRequest};
 use crate::server::error::ServerError;
-use crate::server::extract::{Call, SMALL_BODY, take_memory};
+use crate::server::extract::{Call, SMALL_BODY};
 use crate::server::inputs::{check_chars, checked_batch, max_chars, prompt, prompted, tokenizing};
+use crate::server::memory::{held, take_above};
 use crate::server::models::Model;
 use crate::server::routes::ops::json;
 use crate::server::tokens::TokensWriter;
@@ -47,8 +48,7 @@ pub(crate) async fn tokenize(call: Call<TokenizeRequest>) -> Result<Response, Se
     .await?;
     drop(memory);
     // The client may take its time to read the answer.
-    let n_bytes = writer.n_bytes();
-    let memory = if n_bytes > SMALL_BODY { Some(take_memory(&target.app, n_bytes)?) } else { None };
+    let memory = take_above(SMALL_BODY, &target.app, writer.n_bytes())?;
     Ok(writer.respond(memory))
 }
 
@@ -94,7 +94,7 @@ pub(crate) async fn decode(call: Call<DecodeRequest>) -> Result<Response, Server
         return Err(ServerError::Empty { field: "ids" });
     }
     let n_bytes = lists.iter().map(|ids| 4 * ids.len()).sum();
-    let ((bytes, _memory), _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, _| {
+    let ((bytes, memory), _) = tokenizing(&target, &clock, n_bytes, move |target, tokenizer, _| {
         let mut texts = Vec::with_capacity(lists.len());
         for ids in &lists {
             texts.push(text_of(&target.model, tokenizer, ids, skip_special_tokens)?);
@@ -102,5 +102,7 @@ pub(crate) async fn decode(call: Call<DecodeRequest>) -> Result<Response, Server
         Ok((serde_json::to_vec(&texts).expect("a list of strings is always JSON"), memory))
     })
     .await?;
-    Ok(json(bytes).into_response())
+    drop(memory);
+    let memory = take_above(SMALL_BODY, &target.app, bytes.len())?;
+    Ok(json(held(bytes, memory)).into_response())
 }
