@@ -21,6 +21,10 @@ use tokio::time::{Instant, Sleep, sleep};
 /// How often a connection that is to end is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Bytes of an answer that its client takes in a second, at least: slowly enough for many answers on one poor line. One that
+/// takes a byte now and then would hold the memory of an answer for days.
+const SLOWEST: u64 = 4096;
+
 /// What a connection is at.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
@@ -43,6 +47,21 @@ struct Held {
     n_pieces: usize,
     /// When the client last took some of it.
     since: Instant,
+    /// Since when some of it has been waiting, and bytes that were taken since.
+    begun: Instant,
+    n_taken: u64,
+}
+
+impl Held {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { n_pieces: 0, since: now, begun: now, n_taken: 0 }
+    }
+
+    fn is_late(&self, limit: Duration) -> bool {
+        let all = limit + Duration::from_millis(1000 * self.n_taken / SLOWEST);
+        self.since.elapsed() >= limit || self.begun.elapsed() >= all
+    }
 }
 
 impl Activity {
@@ -71,12 +90,12 @@ impl Activity {
         }
     }
 
-    /// Resolves when an answer has been held up for `limit` by a client that takes nothing of it, and at the latest after
-    /// one and a half that time.
+    /// Resolves when an answer has been held up for `limit` by a client that takes nothing of it, or for that and the time that
+    /// what it took may take; and at the latest half of `limit` later.
     pub(crate) async fn stalled(&self, limit: Duration) {
         loop {
             sleep(limit / 2).await;
-            if self.held().values().any(|held| held.since.elapsed() >= limit) {
+            if self.held().values().any(|held| held.is_late(limit)) {
                 return;
             }
         }
@@ -122,7 +141,7 @@ pub(crate) struct ActivePiece {
 impl ActivePiece {
     fn new(bytes: Bytes, active: &Arc<Active>) -> Self {
         let mut held = active.activity.held();
-        held.entry(active.id).or_insert_with(|| Held { n_pieces: 0, since: Instant::now() }).n_pieces += 1;
+        held.entry(active.id).or_insert_with(Held::new).n_pieces += 1;
         Self { bytes, active: Arc::clone(active) }
     }
 }
@@ -152,6 +171,7 @@ impl Buf for ActivePiece {
         self.bytes.advance(n_bytes);
         if let Some(held) = self.active.activity.held().get_mut(&self.active.id) {
             held.since = Instant::now();
+            held.n_taken += n_bytes as u64;
         }
     }
 }
@@ -315,11 +335,11 @@ mod tests {
         let watching = Arc::clone(&activity);
         let stalled = tokio::spawn(async move { watching.stalled(limit).await });
         let answer = Arc::new(Active::new(&activity));
-        let piece = || ActivePiece::new(Bytes::from_static(&[7; 20]), &answer);
+        let piece = || ActivePiece::new(Bytes::from(vec![7; 50 * 4096]), &answer);
         let (mut first, next) = (piece(), piece());
         for _ in 0..5 {
             sleep(Duration::from_secs(9)).await;
-            first.advance(4);
+            first.advance(10 * 4096);
         }
         drop((first, next));
         // What the service takes its time for is not the client's fault.
@@ -330,6 +350,20 @@ mod tests {
         assert!((115..=120).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
         drop(last);
         assert!(activity.held().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_takes_a_byte_now_and_then_is_given_up() {
+        let activity = Arc::new(Activity::default());
+        let watching = Arc::clone(&activity);
+        let start = Instant::now();
+        let stalled = tokio::spawn(async move { watching.stalled(Duration::from_secs(30)).await });
+        let mut piece = ActivePiece::new(Bytes::from_static(&[7; 100]), &Arc::new(Active::new(&activity)));
+        while !stalled.is_finished() {
+            piece.advance(1);
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!((30..=46).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@
 //! | does not send a head, or is idle | `head_timeout` |
 //! | sends a larger head than `max_head_bytes` | 431 |
 //! | does not send its body (`extract.rs`, `grpc/call.rs`) | `body_timeout` |
-//! | does not take its answer | `body_timeout` without taking anything |
+//! | does not take its answer | `body_timeout` without taking anything, and for a piece that and a second for each 4 KiB |
 //! | is one too many | 429 for work, an answer to probes, and the end (HTTP/2: after `SPARE_TIMEOUT`) |
 
 use std::io;
@@ -273,6 +273,7 @@ impl Connection {
                 }
             }};
         }
+        let stalled = || activity.stalled(config.body_timeout);
         let result = match version {
             Version::Http1 => {
                 let mut http = http1::Builder::new();
@@ -281,9 +282,9 @@ impl Connection {
                     .max_buf_size(config.max_head_bytes)
                     .keep_alive(!self.crowded);
                 let connection = http.serve_connection(io, service);
-                // Both are seen on the connection itself: hyper waits for heads, and `WriteTimeout` for readers.
+                // Seen on the connection itself: hyper waits for heads.
                 let ended = activity.ended(QUIET_HTTP1);
-                drive!(connection, std::future::pending::<()>(), std::future::pending::<()>(), ended)
+                drive!(connection, std::future::pending::<()>(), stalled(), ended)
             }
             Version::Http2 => {
                 let mut http = http2::Builder::new(TokioExecutor::new());
@@ -292,7 +293,6 @@ impl Connection {
                     .max_header_list_size(u32::try_from(config.max_head_bytes).unwrap_or(u32::MAX))
                     .max_concurrent_streams(MAX_STREAMS);
                 let connection = http.serve_connection(io, service);
-                let stalled = || activity.stalled(config.body_timeout);
                 let idle = async {
                     tokio::select! { () = activity.idle(self.head_timeout) => {} () = self.outstayed() => {} }
                 };

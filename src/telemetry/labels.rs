@@ -251,7 +251,7 @@ labels! {
         HeadTimeout => "head_timeout",
         /// A request's head was too large.
         HeadSize => "head_size",
-        /// The client took nothing of its answer for too long.
+        /// The client took nothing of its answer for too long, or too little.
         SlowReader => "slow_reader",
         /// There were too many.
         Limit => "limit",
