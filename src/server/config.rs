@@ -90,7 +90,8 @@ pub struct ServerConfig {
     pub head_timeout: Duration,
     /// Time a request's body may take to arrive, and a client may take nothing of its answer.
     pub body_timeout: Duration,
-    /// Bytes of request bodies and answers over 64 KiB that may be held at once, and of all messages of gRPC's streams.
+    /// Bytes of request bodies and answers over 64 KiB that may be held at once, and of all messages of gRPC's streams. Smaller
+    /// bodies of which a part has come have a quarter as much beside it.
     pub max_body_bytes: usize,
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{FromRequest, Query, Request};
 use axum::http::{HeaderMap, Uri, header};
 use http_body_util::BodyExt;
@@ -15,13 +15,13 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::api::{Named, Object};
 use super::error::ServerError;
 use super::layers::{Arrival, MODEL, REQUEST_TIMEOUT};
-use super::memory::take_memory;
+use super::memory::{merged, take_memory, take_waiting};
 use super::models::Model;
 use super::state::AppState;
 use crate::telemetry::{ExpiryStage, Route, Trace, events};
 
 /// Bodies up to this size are parsed where they are read, which takes some 100 µs, and cost no share of the memory for
-/// bodies. Larger ones are parsed on the tokenizer's threads.
+/// large ones. Larger ones are parsed on the tokenizer's threads.
 pub(crate) const SMALL_BODY: usize = 64 * 1024;
 
 /// A deadline further away than this is a mistake.
@@ -204,27 +204,26 @@ fn declared_len(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-async fn read(
-    app: &AppState,
-    headers: &HeaderMap,
-    mut body: Body,
-) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ServerError> {
+/// A body, and its share of the memory if it is large.
+type Whole = (Bytes, Option<OwnedSemaphorePermit>);
+
+async fn read(app: &AppState, headers: &HeaderMap, mut body: Body) -> Result<Whole, ServerError> {
+    let read = read_within(app, headers, &mut body).await;
+    if let Err(ServerError::BodyTooLarge { .. } | ServerError::BodyMemory) = read {
+        discard(headers, body).await;
+    }
+    read
+}
+
+async fn read_within(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Result<Whole, ServerError> {
     let limit = app.config.payload_limit;
     let declared = declared_len(headers).map(|len| usize::try_from(len).unwrap_or(usize::MAX));
     if declared.is_some_and(|len| len > limit) {
-        discard(headers, body).await;
         return Err(ServerError::BodyTooLarge { limit });
     }
-    let mut memory = None;
-    if let Some(len) = declared.filter(|&len| len > SMALL_BODY) {
-        memory = match take_memory(app, len) {
-            Ok(memory) => Some(memory),
-            Err(error) => {
-                discard(headers, body).await;
-                return Err(error);
-            }
-        };
-    }
+    let large = declared.filter(|&len| len > SMALL_BODY);
+    let mut memory = large.map(|len| take_memory(app, len)).transpose()?;
+    let mut waiting = None;
     // Most bodies come in one piece, which then is not copied.
     let mut first = Bytes::new();
     let mut whole = Vec::new();
@@ -233,17 +232,16 @@ async fn read(
         let Ok(data) = frame.map_err(|_| ServerError::Body)?.into_data() else { continue };
         n_bytes += data.len();
         if n_bytes > limit {
-            discard(headers, body).await;
             return Err(ServerError::BodyTooLarge { limit });
         }
-        if n_bytes > SMALL_BODY && memory.is_none() {
-            memory = match take_memory(app, limit) {
-                Ok(memory) => Some(memory),
-                Err(error) => {
-                    discard(headers, body).await;
-                    return Err(error);
-                }
-            };
+        if memory.is_none() {
+            if n_bytes > SMALL_BODY {
+                memory = Some(take_memory(app, limit)?);
+                waiting = None;
+            } else if !body.is_end_stream() {
+                // One that is whole is parsed at once.
+                waiting = merged(waiting, Some(take_waiting(app, data.len())?));
+            }
         }
         if n_bytes == data.len() {
             first = data;
@@ -325,6 +323,20 @@ mod tests {
         let refused = read(&app, &HeaderMap::new(), Body::from_stream(tokio_stream::iter(pieces))).await;
         assert!(matches!(refused, Err(ServerError::BodyMemory)));
         assert_eq!(n_read.load(Ordering::Relaxed), 10, "its client would see a reset instead of the refusal");
+    }
+
+    #[tokio::test]
+    async fn a_small_body_needs_memory_while_it_waits_for_its_rest() {
+        let app = state();
+        let pieces = || Body::from_stream(tokio_stream::iter(["a", "b"].map(Ok::<_, Infallible>)));
+        let read = async |body| read(&app, &HeaderMap::new(), body).await.map(|(bytes, _)| bytes);
+        let free = app.waiting_memory.available_permits();
+        let all = take_waiting(&app, free).unwrap();
+        assert!(matches!(read(pieces()).await, Err(ServerError::BodyMemory)));
+        assert_eq!(read(Body::from("ab")).await.unwrap(), "ab", "it came whole");
+        drop(all);
+        assert_eq!(read(pieces()).await.unwrap(), "ab");
+        assert_eq!(app.waiting_memory.available_permits(), free);
     }
 
     #[test]

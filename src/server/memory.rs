@@ -1,4 +1,5 @@
-//! The memory for large bodies and answers: one for all requests, of which each holds its share.
+//! The memory for large bodies and answers: one for all requests, of which each holds its share. Smaller bodies have another,
+//! so that they are taken while large ones are refused.
 
 use std::sync::Arc;
 
@@ -22,6 +23,18 @@ pub(crate) fn take_above(
     n_bytes: usize,
 ) -> Result<Option<OwnedSemaphorePermit>, ServerError> {
     if n_bytes > small { take_memory(app, n_bytes).map(Some) } else { Ok(None) }
+}
+
+/// Bytes of small bodies that may wait for their rest, with so many for large ones.
+pub(crate) fn waiting_bytes(max_body_bytes: usize) -> usize {
+    (max_body_bytes / 4).max(1 << 20)
+}
+
+/// Memory for a part of a small body that waits for its rest, which its client may take its time to send. One that comes whole
+/// needs none.
+pub(crate) fn take_waiting(app: &AppState, n_bytes: usize) -> Result<OwnedSemaphorePermit, ServerError> {
+    let n_bytes = u32::try_from(n_bytes).map_err(|_| ServerError::BodyMemory)?;
+    Arc::clone(&app.waiting_memory).try_acquire_many_owned(n_bytes).map_err(|_| ServerError::BodyMemory)
 }
 
 /// Two shares as one.

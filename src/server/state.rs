@@ -13,6 +13,7 @@ use super::api;
 use super::config::{ConfigError, ServerConfig};
 use super::error::ServerError;
 use super::keys::{ApiKeys, is_key};
+use super::memory::waiting_bytes;
 use super::models::{Model, ModelParts, Models};
 use super::tls::Tls;
 use crate::telemetry::{Credential, Metrics, Tracer, events};
@@ -130,6 +131,8 @@ pub struct Shared {
     pub(crate) work: Arc<Work>,
     /// In KiB, of bodies and answers over the small size, and of all messages of gRPC's streams.
     pub(crate) body_memory: Arc<Semaphore>,
+    /// In bytes, of parts of smaller bodies.
+    pub(crate) waiting_memory: Arc<Semaphore>,
     pub(crate) cors_origins: Vec<HeaderValue>,
     pub(crate) keys: ApiKeys,
     pub(crate) tls: Option<Tls>,
@@ -190,6 +193,7 @@ impl AppState {
         let models = models.into_iter().map(|parts| Model::new(&config, parts, &metrics)).collect::<Result<_, _>>()?;
         Ok(Self(Arc::new(Shared {
             body_memory: Arc::new(Semaphore::new(config.max_body_bytes / 1024)),
+            waiting_memory: Arc::new(Semaphore::new(waiting_bytes(config.max_body_bytes))),
             config,
             models: Models::new(models)?,
             metrics,

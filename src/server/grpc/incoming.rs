@@ -12,7 +12,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout};
 
 use crate::server::error::ServerError;
-use crate::server::memory::take_above;
+use crate::server::memory::{take_above, take_waiting};
 use crate::server::state::AppState;
 
 /// Before each message: whether it is compressed, and its length.
@@ -27,7 +27,7 @@ pub(super) struct Messages<Req> {
     body: Body,
     /// What has come of the body and is not read: never more than a frame of HTTP/2.
     rest: Bytes,
-    /// Bytes that a message may have without a share of the memory.
+    /// Bytes that a message may have without a share of the memory for large ones.
     small: usize,
     message: PhantomData<fn() -> Req>,
 }
@@ -57,6 +57,8 @@ impl<Req: Message + Default> Messages<Req> {
             return Err(ServerError::BodyTooLarge { limit });
         }
         let memory = take_above(self.small, &self.app, len)?;
+        let waits = memory.is_none() && self.rest.len() < len;
+        let _waiting = waits.then(|| take_waiting(&self.app, len)).transpose()?;
         let mut bytes = Vec::with_capacity(len);
         // A stream may say nothing for hours, but not in the middle of a message: it holds memory for the rest of it.
         let limit = self.app.config.body_timeout;
