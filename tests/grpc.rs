@@ -297,6 +297,7 @@ async fn failures_are_statuses_and_are_counted() {
     assert_eq!(metrics.responses(Route::GrpcEmbed, 400), 4, "empty, or not to be read, in a call and in a stream");
     assert_eq!(metrics.responses(Route::GrpcEmbed, 422), 2);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 405), 1);
+    assert_eq!((metrics.responses(Route::Other, 405), metrics.responses(Route::Other, 200)), (1, 0), "no such method");
     assert_eq!(metrics.responses(Route::GrpcEmbed, 424), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 404), 1);
     assert_eq!(metrics.responses(Route::GrpcEmbed, 413), 1);

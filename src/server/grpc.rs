@@ -82,7 +82,7 @@ fn code_of(class: ErrorClass) -> Code {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Streamed;
 
-/// The status code by which the metrics count a response.
+/// The status code by which the metrics count a response: its own, unless it has a status of gRPC.
 pub(crate) fn counted_code(response: &Response) -> u16 {
     if let Some(&CountedAs(code)) = response.extensions().get() {
         return code;

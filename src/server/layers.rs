@@ -138,7 +138,7 @@ async fn front(State(app): State<AppState>, mut request: Request, next: Next) ->
     }
     let stats = ResponseStats {
         route,
-        code: if dialect == Dialect::Grpc { grpc::counted_code(&response) } else { response.status().as_u16() },
+        code: grpc::counted_code(&response),
         duration: start.elapsed(),
         request_id: request_id.to_str().unwrap_or_default(),
         trace_id: trace_id.as_deref(),
