@@ -30,6 +30,7 @@ use super::connection::Crowded;
 use super::error::{Dialect, ServerError, Unwritten};
 use super::extract;
 use super::grpc;
+use super::routes::inference;
 use super::state::{AppState, Phase};
 use crate::telemetry::events::{ResponseStats, StageTimes};
 use crate::telemetry::{RejectReason, RequestSpan, Route, Trace, TraceHeaders, events};
@@ -113,6 +114,7 @@ fn route_of(request: &Request) -> Route {
     match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
         None => Route::Other,
         Some(MODEL_PATH) => Route::Model,
+        Some(inference::MODEL_PATH) => inference::route_of(request.uri().path()),
         Some(path) => Route::matched(path),
     }
 }

@@ -1,5 +1,6 @@
 //! The Open Inference Protocol.
 
+use niwaki::telemetry::Route;
 use serde_json::{Value, json};
 
 use crate::service::{D_MODEL, Service, id, ids, logits, pair, pooled, service, unit};
@@ -40,6 +41,25 @@ async fn the_server_and_its_models_describe_themselves() {
         assert_eq!((answer.status, answer.json()["error"].is_string()), (404, true), "{path}");
     }
     assert_eq!(service.post("/v2/models/none/infer", json!({"inputs": []})).await.status, 404);
+    // By a name with a slash in it, and by version.
+    let other = service.get("/v2/models/labels").await.json();
+    for path in ["test/labels", "test%2Flabels", "labels/versions/0123abc", "test/labels/versions/0123abc"] {
+        assert_eq!(service.get(&format!("/v2/models/{path}")).await.json(), other, "{path}");
+        assert_eq!(service.get(&format!("/v2/models/{path}/ready")).await.status, 200, "{path}");
+        let body = json!({"inputs": [text(json!(["a"]), 1)]});
+        let answer = service.post(&format!("/v2/models/{path}/infer"), body).await;
+        assert_eq!((answer.status, answer.json()["model_name"].clone()), (200, json!("labels")), "{path}");
+    }
+    let wrong = "/v2/models/labels/versions/1";
+    assert_eq!(service.get(wrong).await.status, 404);
+    assert_eq!(service.get(&format!("{wrong}/ready")).await.status, 404);
+    let body = json!({"inputs": [text(json!(["a"]), 1)]});
+    assert_eq!(service.post(&format!("{wrong}/infer"), body).await.status, 404);
+    assert_eq!(service.metrics.responses(Route::Infer, 200), 4);
+    for (method, path) in [("POST", "labels"), ("POST", "labels/ready"), ("GET", "labels/infer")] {
+        let request = axum::http::Request::builder().method(method).uri(format!("/v2/models/{path}"));
+        assert_eq!(service.ask(request.body(axum::body::Body::empty()).unwrap()).await.status, 405, "{path}");
+    }
     service.state.readiness().set_draining();
     assert_eq!(service.get("/v2/health/ready").await.status, 503);
     assert_eq!(service.get("/v2/models/labels/ready").await.status, 503);

@@ -1,6 +1,7 @@
 //! The Open Inference Protocol, version 2, as KServe speaks it.
 
-use axum::extract::{Path, State};
+use axum::extract::{FromRequest, Path, Request, State};
+use axum::http::Uri;
 use axum::response::{IntoResponse, Response};
 
 use crate::engine::Sequence;
@@ -20,6 +21,14 @@ use crate::server::routes::embed::{checked_dimensions, vectors};
 use crate::server::routes::ops::{is_ready, json};
 use crate::server::routes::score::scores;
 use crate::server::state::AppState;
+use crate::telemetry::Route;
+
+/// The wildcard route of what is below a model.
+pub(crate) const MODEL_PATH: &str = "/v2/models/{*rest}";
+
+/// What follows the name of a model, or its version.
+const INFER: &str = "/infer";
+const READY: &str = "/ready";
 
 /// Names of the tensors.
 const TEXT: &str = "text";
@@ -54,12 +63,85 @@ pub(crate) async fn ready(State(app): State<AppState>) -> Result<Response, Serve
     Ok(json(to_json(&ServerReady { ready: true })).into_response())
 }
 
+/// What is asked of a model. Its name may hold slashes, which not every client writes as `%2F`.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Asked<'a> {
+    route: Route,
+    name: &'a str,
+    version: Option<&'a str>,
+}
+
+impl<'a> Asked<'a> {
+    /// Of the path as it is written, which tells the route, and what [`MODEL_PATH`]'s wildcard stands for.
+    fn of(path: &str, rest: &'a str) -> Self {
+        let route = route_of(path);
+        let end = match route {
+            Route::Infer => INFER,
+            Route::InferenceModelReady => READY,
+            _ => "",
+        };
+        let rest = rest.strip_suffix(end).unwrap_or(rest);
+        match rest.rsplit_once("/versions/").filter(|(_, version)| !version.contains('/')) {
+            Some((name, version)) => Self { route, name, version: Some(version) },
+            None => Self { route, name: rest, version: None },
+        }
+    }
+
+    fn check_version(&self, model: &Model) -> Result<(), ServerError> {
+        match self.version {
+            Some(version) if model.card.model_sha.as_deref() != Some(version) => Err(ServerError::NoSuchModel),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The route of a path that [`MODEL_PATH`] matches; with a version it is the same.
+pub(crate) fn route_of(path: &str) -> Route {
+    let rest = path.strip_prefix("/v2/models/").unwrap_or_default();
+    if rest.ends_with(INFER) {
+        Route::Infer
+    } else if rest.ends_with(READY) {
+        Route::InferenceModelReady
+    } else {
+        Route::InferenceModel
+    }
+}
+
+/// What is read of a model.
+pub(crate) async fn get(
+    State(app): State<AppState>,
+    uri: Uri,
+    Path(rest): Path<String>,
+) -> Result<Response, ServerError> {
+    let asked = Asked::of(uri.path(), &rest);
+    match asked.route {
+        Route::InferenceModel => model(&app, &asked),
+        Route::InferenceModelReady => model_ready(&app, &asked),
+        _ => Err(ServerError::MethodNotAllowed),
+    }
+}
+
+/// What is computed by a model.
+pub(crate) async fn post(
+    State(app): State<AppState>,
+    Path(rest): Path<String>,
+    request: Request,
+) -> Result<Response, ServerError> {
+    let path = request.uri().path().to_owned();
+    let asked = Asked::of(&path, &rest);
+    match asked.route {
+        Route::Infer => infer(&asked, Received::from_request(request, &app).await?).await,
+        _ => Err(ServerError::MethodNotAllowed),
+    }
+}
+
 /// A model's tensors.
 #[utoipa::path(get, path = "/v2/models/{name}", operation_id = "inference_model", tag = "Open Inference Protocol",
-    params(("name" = String, Path, description = "Name of the model")),
+    params(("name" = String, Path, description = "Name of the model; `/versions/` and its version may follow")),
     responses((status = 200, description = "The model's tensors", body = ModelMetadata)))]
-pub(crate) async fn model(State(app): State<AppState>, Path(name): Path<String>) -> Result<Response, ServerError> {
-    let model = app.models.named(&name)?;
+pub(crate) fn model(app: &AppState, asked: &Asked<'_>) -> Result<Response, ServerError> {
+    let model = app.models.named(asked.name)?;
+    asked.check_version(&model)?;
     let tensor = |name, datatype, shape: &[i64]| TensorMetadata { name, datatype, shape: shape.to_vec() };
     let mut inputs = vec![tensor(TEXT, "BYTES", &[-1])];
     let outputs = match &model.card.task {
@@ -86,25 +168,25 @@ fn size(n: usize) -> i64 {
 
 /// Whether a model takes requests.
 #[utoipa::path(get, path = "/v2/models/{name}/ready", tag = "Open Inference Protocol",
-    params(("name" = String, Path, description = "Name of the model")),
+    params(("name" = String, Path, description = "Name of the model; `/versions/` and its version may follow")),
     responses((status = 200, description = "The model takes requests", body = ModelReady)))]
-pub(crate) async fn model_ready(
-    State(app): State<AppState>,
-    Path(name): Path<String>,
-) -> Result<Response, ServerError> {
-    let name = app.models.named(&name)?.card.served_name.clone();
-    is_ready(&app)?;
+pub(crate) fn model_ready(app: &AppState, asked: &Asked<'_>) -> Result<Response, ServerError> {
+    let model = app.models.named(asked.name)?;
+    asked.check_version(&model)?;
+    is_ready(app)?;
+    let name = model.card.served_name.clone();
     Ok(json(to_json(&ModelReady { name, ready: true })).into_response())
 }
 
 /// Embeddings or scores of texts (`text`, and `text_pair` for pairs) or of token ids (`input_ids`).
 #[utoipa::path(post, path = "/v2/models/{name}/infer", tag = "Open Inference Protocol",
     request_body = InferRequest,
-    params(("name" = String, Path, description = "Name of the model")),
+    params(("name" = String, Path, description = "Name of the model; `/versions/` and its version may follow")),
     responses((status = 200, description = "The output tensors", body = InferResponse)))]
-pub(crate) async fn infer(Path(name): Path<String>, received: Received) -> Result<Response, ServerError> {
-    let received = received.for_model(name);
+pub(crate) async fn infer(asked: &Asked<'_>, received: Received) -> Result<Response, ServerError> {
+    let received = received.for_model(asked.name.to_owned());
     let Call { target, body, clock, memory } = received.parse::<InferRequest>().await?;
+    asked.check_version(&target.model)?;
     let Object(parameters) = body.parameters.unwrap_or_default();
     let dimensions = checked_dimensions(&target.model, parameters.dimensions)?;
     // Serializers that do not leave out empty lists write one where nothing in particular is asked for.
@@ -280,4 +362,30 @@ fn sequences(
         pieces.push(Piece::Sequence(sequence));
     }
     Ok(pieces)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_tell_name_version_and_what_is_asked() {
+        use Route::{Infer, InferenceModel, InferenceModelReady};
+        for (rest, route, name, version) in [
+            ("a", InferenceModel, "a", None),
+            ("a/ready", InferenceModelReady, "a", None),
+            ("a/infer", Infer, "a", None),
+            ("org/a/infer", Infer, "org/a", None),
+            ("org/a", InferenceModel, "org/a", None),
+            ("infer", InferenceModel, "infer", None),
+            ("a/versions/1", InferenceModel, "a", Some("1")),
+            ("org/a/versions/1/ready", InferenceModelReady, "org/a", Some("1")),
+            ("a/versions/1/infer", Infer, "a", Some("1")),
+            ("a/versions/1/2", InferenceModel, "a/versions/1/2", None),
+        ] {
+            let asked = Asked::of(&format!("/v2/models/{rest}"), rest);
+            assert_eq!(asked, Asked { route, name, version }, "{rest}");
+        }
+        assert_eq!(Asked::of("/v2/models/a%2Finfer", "a/infer").name, "a/infer", "that belongs to the name");
+    }
 }
