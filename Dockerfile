@@ -61,6 +61,7 @@ ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
 USER 65532:65532
 EXPOSE 3000
 STOPSIGNAL SIGTERM
+# It sees the environment and not the flags of the server: a port or TLS is set by PORT, TLS_CERT and TLS_KEY.
 HEALTHCHECK --interval=5s --timeout=6s --start-period=60s --retries=3 CMD ["/niwaki", "health"]
 ENTRYPOINT ["/niwaki"]
 CMD ["serve"]
