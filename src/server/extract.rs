@@ -139,9 +139,10 @@ impl Received {
         let (Object(body), memory): (Object<T>, _) = if bytes.len() <= SMALL_BODY {
             (serde_json::from_slice(&bytes)?, memory)
         } else {
-            let first = app.models.first();
+            // That of the body is not known yet; then the first one's threads.
+            let model = app.models.find(asked.as_deref(), None)?;
             // The share of the memory stays with the bytes: they wait for a thread, also when nobody waits for them.
-            let parsing = first.pool.run(move |_, _| serde_json::from_slice(&bytes).map(|body| (body, memory)));
+            let parsing = model.pool.run(move |_, _| serde_json::from_slice(&bytes).map(|body| (body, memory)));
             clock.within(&app, parsing).await?.map_err(ServerError::Pool)??
         };
         let model = app.models.find(asked.as_deref(), body.model())?;
