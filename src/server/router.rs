@@ -1,7 +1,7 @@
 //! Which path leads where.
 
 use axum::Router;
-use axum::routing::{get, post};
+use axum::routing::{any, get, post};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::routes::{embed, inference, ops, score, text};
@@ -59,7 +59,7 @@ fn work() -> Router<AppState> {
         .route("/v2", get(inference::server))
         .route("/v2/health/live", get(inference::live))
         .route("/v2/health/ready", get(inference::ready))
-        .route(inference::MODEL_PATH, get(inference::get).post(inference::post))
+        .route(inference::MODEL_PATH, any(inference::of_model))
         .route("/v1/models", get(ops::models))
         .route(layers::MODEL_PATH, get(ops::model))
         .route("/tokenize", post(text::tokenize))

@@ -56,9 +56,12 @@ async fn the_server_and_its_models_describe_themselves() {
     let body = json!({"inputs": [text(json!(["a"]), 1)]});
     assert_eq!(service.post(&format!("{wrong}/infer"), body).await.status, 404);
     assert_eq!(service.metrics.responses(Route::Infer, 200), 4);
-    for (method, path) in [("POST", "labels"), ("POST", "labels/ready"), ("GET", "labels/infer")] {
+    for (method, path, allowed) in
+        [("POST", "labels", "GET,HEAD"), ("POST", "labels/ready", "GET,HEAD"), ("GET", "labels/infer", "POST")]
+    {
         let request = axum::http::Request::builder().method(method).uri(format!("/v2/models/{path}"));
-        assert_eq!(service.ask(request.body(axum::body::Body::empty()).unwrap()).await.status, 405, "{path}");
+        let answer = service.ask(request.body(axum::body::Body::empty()).unwrap()).await;
+        assert_eq!((answer.status, answer.header("allow")), (405, allowed), "{path}");
     }
     service.state.readiness().set_draining();
     assert_eq!(service.get("/v2/health/ready").await.status, 503);

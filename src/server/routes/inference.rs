@@ -1,7 +1,7 @@
 //! The Open Inference Protocol, version 2, as KServe speaks it.
 
 use axum::extract::{FromRequest, Path, Request, State};
-use axum::http::Uri;
+use axum::http::{HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 
 use crate::engine::Sequence;
@@ -107,32 +107,25 @@ pub(crate) fn route_of(path: &str) -> Route {
     }
 }
 
-/// What is read of a model.
-pub(crate) async fn get(
-    State(app): State<AppState>,
-    uri: Uri,
-    Path(rest): Path<String>,
-) -> Result<Response, ServerError> {
-    let asked = Asked::of(uri.path(), &rest);
-    match asked.route {
-        Route::InferenceModel => model(&app, &asked),
-        Route::InferenceModelReady => model_ready(&app, &asked),
-        _ => Err(ServerError::MethodNotAllowed),
-    }
-}
-
-/// What is computed by a model.
-pub(crate) async fn post(
+/// What is asked of a model, by any method: which are taken depends on the end of the path.
+pub(crate) async fn of_model(
     State(app): State<AppState>,
     Path(rest): Path<String>,
     request: Request,
 ) -> Result<Response, ServerError> {
     let path = request.uri().path().to_owned();
     let asked = Asked::of(&path, &rest);
-    match asked.route {
-        Route::Infer => infer(&asked, Received::from_request(request, &app).await?).await,
-        _ => Err(ServerError::MethodNotAllowed),
+    match (asked.route, request.method()) {
+        (Route::Infer, &Method::POST) => infer(&asked, Received::from_request(request, &app).await?).await,
+        (Route::Infer, _) => Ok(not_allowed("POST")),
+        (Route::InferenceModelReady, &Method::GET | &Method::HEAD) => model_ready(&app, &asked),
+        (_, &Method::GET | &Method::HEAD) => model(&app, &asked),
+        _ => Ok(not_allowed("GET,HEAD")),
     }
+}
+
+fn not_allowed(methods: &'static str) -> Response {
+    ([(header::ALLOW, HeaderValue::from_static(methods))], ServerError::MethodNotAllowed).into_response()
 }
 
 /// A model's tensors.
