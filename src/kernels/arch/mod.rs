@@ -41,7 +41,7 @@ use std::ops::Range;
 
 pub use self::attend::Attention;
 use self::gemm::Gemm;
-use self::products::{Forms, forms};
+use self::products::{FormKernels, forms};
 use self::table::Table;
 use super::attention::{AttentionForm, Heads};
 use super::forms::PackedMatrix;
@@ -53,7 +53,7 @@ use super::layout::{CodeRows, PANEL, PackedLinear, RowScale, RowSums, STRIP, row
 pub struct KernelSet {
     isa: Isa,
     table: &'static Table,
-    forms: &'static Forms,
+    forms: &'static FormKernels,
     /// The only form to use, where one was asked for.
     attention: Option<AttentionForm>,
 }

@@ -14,8 +14,8 @@ use crate::kernels::layout::{CodeRows, PANEL, PackedLinear, PanelColumns, STRIP,
 /// By how large the weights are: within ±32, within ±64, any.
 type BySize<T> = [unsafe fn(&Codebook<T>); 3];
 
-/// Kernels of one form for results of one type.
-struct Products<T> {
+/// Kernels for results of one type, by form of the weights.
+struct ByForm<T> {
     codebook: BySize<T>,
     grouped: Option<BySize<T>>,
     blocks: unsafe fn(&Blocks<T>),
@@ -47,10 +47,10 @@ static NO_BIAS: [[i32; PANEL]; AHEAD_INPUTS / PAIR] = [[0; PANEL]; AHEAD_INPUTS 
 struct Decoded([MaybeUninit<i8>; AHEAD_INPUTS * PANEL]);
 
 /// The kernels of an instruction set beside those for dense INT8.
-pub(super) struct Forms {
-    int: Products<i32>,
-    float: Products<f32>,
-    half: Products<u16>,
+pub(super) struct FormKernels {
+    int: ByForm<i32>,
+    float: ByForm<f32>,
+    half: ByForm<u16>,
 }
 
 /// All tiles of `$width` columns of a panel or strip. Rows are taken as many at once as their prepared codes have room for,
@@ -176,7 +176,7 @@ macro_rules! forms {
         forms! { $within32, $within64, $any, $narrow, None, $any::in_groups }
     };
     ($within32:ident, $within64:ident, $any:ident, $narrow:ident, $ahead:expr, $groups:path) => {
-        use super::{Blocks, Forms, Products};
+        use super::{Blocks, ByForm, FormKernels};
         use crate::kernels::arch::gemm::{Sink, ValueSink};
         use crate::kernels::layout::PANEL;
 
@@ -184,8 +184,8 @@ macro_rules! forms {
             // SAFETY: passed on; the instruction set is present by contract.
             unsafe { if args.width == PANEL { $any::blocks(args) } else { $narrow::blocks(args) } }
         }
-        const fn integers<T: Sink>() -> Products<T> {
-            Products {
+        const fn integers<T: Sink>() -> ByForm<T> {
+            ByForm {
                 codebook: [$within32::plain::<T>, $within64::plain::<T>, $any::plain::<T>],
                 grouped: None,
                 blocks: blocks::<T>,
@@ -194,8 +194,8 @@ macro_rules! forms {
                 ahead: $ahead,
             }
         }
-        const fn values<T: ValueSink>() -> Products<T> {
-            Products {
+        const fn values<T: ValueSink>() -> ByForm<T> {
+            ByForm {
                 codebook: [$within32::plain::<T>, $within64::plain::<T>, $any::plain::<T>],
                 grouped: Some([$within32::grouped::<T>, $within64::grouped::<T>, $any::grouped::<T>]),
                 blocks: blocks::<T>,
@@ -204,7 +204,7 @@ macro_rules! forms {
                 ahead: $ahead,
             }
         }
-        pub(super) static FORMS: Forms = Forms { int: integers(), float: values(), half: values() };
+        pub(super) static FORMS: FormKernels = FormKernels { int: integers(), float: values(), half: values() };
     };
 }
 
@@ -260,7 +260,7 @@ mod portable {
     forms! { any, any, any, any }
 }
 
-pub(super) fn forms(isa: IsaName) -> &'static Forms {
+pub(super) fn forms(isa: IsaName) -> &'static FormKernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         IsaName::AmxInt8 => &amx::FORMS,
@@ -304,7 +304,7 @@ fn shared<T>(x: &CodeRows<'_>, k: usize, weights: *const i8, columns: &PanelColu
     }
 }
 
-impl<T> Products<T> {
+impl<T> ByForm<T> {
     fn codebook(&self, x: &CodeRows<'_>, weights: &PackedCodebook, panel: usize, out: &mut [T]) {
         let n_in = weights.n_in();
         let (scales, zeros) = weights.groups(panel);
@@ -380,7 +380,7 @@ impl<T> Products<T> {
     }
 }
 
-impl<T> Products<T> {
+impl<T> ByForm<T> {
     fn groups(&self, x: &CodeRows<'_>, weights: &PackedGroups, panel: usize, out: &mut [T]) {
         let n_in = weights.n_in();
         let PanelGroups { scales, sums, offsets } = weights.groups(panel);

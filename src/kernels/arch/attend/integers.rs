@@ -55,7 +55,7 @@ const BYTE_WEIGHT_LOG2: f32 = 7.994_353;
 ///
 /// # Safety
 /// As for [`Simd`].
-pub(in crate::kernels::arch) unsafe trait Dot<S: Simd>: Copy {
+pub(in crate::kernels::arch) unsafe trait Multiply<S: Simd>: Copy {
     /// `sum + a[0] · b[0] + a[1] · b[1]` per dword of s16.
     unsafe fn words(sum: S::I, a: S::I, b: S::I) -> S::I;
     /// `sum + Σ_j unsigned[j] · signed[j]` per dword of u8 and s8.
@@ -71,7 +71,7 @@ fn words(x: i32) -> [i16; 2] {
 pub(in crate::kernels::arch) struct Plain;
 
 // SAFETY: plain Rust.
-unsafe impl Dot<Portable> for Plain {
+unsafe impl Multiply<Portable> for Plain {
     one! {
         fn words(sum: [i32; 4], a: [i32; 4], b: [i32; 4]) -> [i32; 4] = std::array::from_fn(|lane| {
             let (a, b) = (words(a[lane]), words(b[lane]));
@@ -118,7 +118,7 @@ mod x86 {
     use super::super::super::avx2::Avx2;
     use super::super::super::avx512::{Avx512, bytes_of_words, words_of_dwords};
     use super::super::super::table::one;
-    use super::{BYTE_WEIGHT_LOG2, Dot, Integers};
+    use super::{BYTE_WEIGHT_LOG2, Integers, Multiply};
 
     // SAFETY: AVX2, which the contract demands.
     unsafe impl Integers for Avx2 {
@@ -260,7 +260,7 @@ mod x86 {
     pub(in crate::kernels::arch) struct Exact;
 
     // SAFETY: AVX2, which the contract demands.
-    unsafe impl Dot<Avx2> for Exact {
+    unsafe impl Multiply<Avx2> for Exact {
         one! {
             fn words(sum: __m256i, a: __m256i, b: __m256i) -> __m256i =
                 _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
@@ -279,7 +279,7 @@ mod x86 {
     pub(in crate::kernels::arch) struct Vnni;
 
     // SAFETY: AVX-VNNI, which the contract demands.
-    unsafe impl Dot<Avx2> for Vnni {
+    unsafe impl Multiply<Avx2> for Vnni {
         one! {
             fn words(sum: __m256i, a: __m256i, b: __m256i) -> __m256i = _mm256_dpwssd_avx_epi32(sum, a, b);
             fn bytes(sum: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i =
@@ -288,7 +288,7 @@ mod x86 {
     }
 
     // SAFETY: AVX-512 with VNNI, which the contract demands.
-    unsafe impl Dot<Avx512> for Vnni {
+    unsafe impl Multiply<Avx512> for Vnni {
         one! {
             fn words(sum: __m512i, a: __m512i, b: __m512i) -> __m512i = _mm512_dpwssd_epi32(sum, a, b);
             fn bytes(sum: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i =

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::super::simd::{Simd, exp2, exp2_coarse};
-use super::integers::{Dot, Integers};
+use super::integers::{Integers, Multiply};
 use crate::kernels::attention::{AttentionForm, KEY_BLOCK};
 
 /// How numbers are coded in dwords, and how dwords of codes are multiplied.
@@ -97,7 +97,7 @@ pub(in crate::kernels::arch) struct Words<S, D>(PhantomData<(S, D)>);
 const WORD_WEIGHT_LOG2: f32 = 11.999_648;
 
 // SAFETY: made of the operations of `S` and `D`, whose contracts are passed on.
-unsafe impl<S: Integers, D: Dot<S>> Products for Words<S, D> {
+unsafe impl<S: Integers, D: Multiply<S>> Products for Words<S, D> {
     type S = S;
     type Codes = S::I;
     type Sums = S::I;
@@ -139,7 +139,7 @@ unsafe impl<S: Integers, D: Dot<S>> Products for Words<S, D> {
 pub(in crate::kernels::arch) struct Bytes<S, D>(PhantomData<(S, D)>);
 
 // SAFETY: made of the operations of `S` and `D`, whose contracts are passed on.
-unsafe impl<S: Integers, D: Dot<S>> Products for Bytes<S, D> {
+unsafe impl<S: Integers, D: Multiply<S>> Products for Bytes<S, D> {
     type S = S;
     type Codes = S::I;
     type Sums = S::I;
