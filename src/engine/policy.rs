@@ -153,17 +153,18 @@ pub(crate) fn next(
     }
 }
 
-/// Tokens of the batch that `lane` would give now.
+/// Tokens of the batch that `lane` would give now, if short entries that are late at `late` give way to long ones.
 pub(crate) fn batch_tokens(
     queue: &QueueView<'_>,
     lane: Lane,
     now: Instant,
+    late: Instant,
     limits: &PolicyLimits,
     idle_workers: usize,
 ) -> usize {
     let (entries, max_seqs) = match lane {
         Lane::Short => (queue.short, limits.max_batch_requests),
-        Lane::Long if queue.short.iter().any(|header| header.runnable(now)) => (queue.long, 1),
+        Lane::Long if queue.short.iter().any(|header| header.runnable(late)) => (queue.long, 1),
         Lane::Long => (queue.long, limits.max_batch_requests),
     };
     match fill(lane, entries, now, budget(queue.tokens, limits, idle_workers), max_seqs) {

@@ -109,12 +109,13 @@ impl<T> Queue<T> {
         /// Batches that take longer than the mean are late too.
         const MARGIN: f64 = 1.5;
         let Some(each) = seconds_per_token else { return now.into() };
-        let end = |lane| {
-            let tokens = policy::batch_tokens(&self.view(), lane, now, &self.limits, idle_workers);
+        let end = |lane, late| {
+            let tokens = policy::batch_tokens(&self.view(), lane, now, late, &self.limits, idle_workers);
             let batch = Duration::try_from_secs_f64(MARGIN * each * tokens as f64).ok();
             batch.and_then(|batch| now.checked_add(batch)).unwrap_or(now)
         };
-        let ends = Horizon { short: end(Lane::Short), long: end(Lane::Long) };
+        let short = end(Lane::Short, now);
+        let ends = Horizon { short, long: end(Lane::Long, short) };
         let in_time = |entries: &Entries<T>, end| entries.headers.iter().rev().take(LOOKED_AT).any(|h| h.runnable(end));
         if in_time(&self.short, ends.short) || in_time(&self.long, ends.long) { ends } else { now.into() }
     }
@@ -311,6 +312,9 @@ mod tests {
         let many = [(10, Some(20)), (10, None), (10, None), (10, None)];
         assert_eq!(taken(single, &many), (vec![0], vec![]), "the others are not in its batch");
         assert_eq!(taken(LIMITS, &many), (vec![1, 2, 3], vec![0]), "they are");
+        let wide = PolicyLimits { target_batch_tokens: 200, ..LIMITS };
+        let late = [(10, Some(12)), (30, Some(60)), (30, Some(60)), (30, Some(900)), (30, Some(900))];
+        assert_eq!(taken(wide, &late), (vec![3, 4], vec![0, 1, 2]), "a late short one gives way to all long ones");
     }
 
     /// One worker of 6,000 tokens a second, for 60 s of sequences of 80 tokens whose clients wait for 0.9 s: the share of

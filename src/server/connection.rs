@@ -47,7 +47,7 @@ struct Held {
     n_pieces: usize,
     /// When the client last took some of it.
     since: Instant,
-    /// Since when some of it has been waiting, and bytes that were taken since.
+    /// Since when its first piece has been waiting, and bytes that were taken since.
     begun: Instant,
     n_taken: u64,
 }
@@ -153,6 +153,9 @@ impl Drop for ActivePiece {
             held.n_pieces -= 1;
             if held.n_pieces == 0 {
                 all.remove(&self.active.id);
+            } else {
+                // The next one has its own time.
+                (held.begun, held.n_taken) = (Instant::now(), 0);
             }
         }
     }
@@ -364,6 +367,23 @@ mod tests {
             sleep(Duration::from_secs(1)).await;
         }
         assert!((30..=46).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_piece_of_an_answer_has_its_own_time() {
+        let activity = Arc::new(Activity::default());
+        let watching = Arc::clone(&activity);
+        let stalled = tokio::spawn(async move { watching.stalled(Duration::from_secs(30)).await });
+        let answer = Arc::new(Active::new(&activity));
+        // One behind the other waits for longer than all of them together may.
+        let pieces: Vec<_> = (0..4).map(|_| ActivePiece::new(Bytes::from(vec![7; 30 * 4096]), &answer)).collect();
+        for mut piece in pieces {
+            for _ in 0..5 {
+                sleep(Duration::from_secs(10)).await;
+                piece.advance(6 * 4096);
+            }
+        }
+        assert!(!stalled.is_finished());
     }
 
     #[tokio::test(start_paused = true)]

@@ -241,7 +241,7 @@ async fn read_within(app: &AppState, headers: &HeaderMap, body: &mut Body) -> Re
                 waiting = None;
             } else if !body.is_end_stream() {
                 // One that is whole is parsed at once.
-                waiting = merged(waiting, Some(take_waiting(app, data.len())?));
+                waiting = merged(waiting, Some(take_waiting(app, n_bytes - data.len(), data.len())?));
             }
         }
         if n_bytes == data.len() {
@@ -288,6 +288,7 @@ mod tests {
 
     use super::*;
     use crate::server::api::EmbedRequest;
+    use crate::server::memory::FREE;
     use crate::server::testing::{busy_tokenizer, state};
 
     #[tokio::test]
@@ -329,14 +330,19 @@ mod tests {
     #[tokio::test]
     async fn a_small_body_needs_memory_while_it_waits_for_its_rest() {
         let app = state();
-        let pieces = || Body::from_stream(tokio_stream::iter(["a", "b"].map(Ok::<_, Infallible>)));
+        let pieces_of = |n: usize| {
+            let pieces = [vec![b'a'; n], vec![b'b'; n], vec![b'c'; 9]];
+            Body::from_stream(tokio_stream::iter(pieces.map(Ok::<_, Infallible>)))
+        };
+        let pieces = || pieces_of(FREE / 2 + 1);
         let read = async |body| read(&app, &HeaderMap::new(), body).await.map(|(bytes, _)| bytes);
         let free = app.waiting_memory.available_permits();
-        let all = take_waiting(&app, free).unwrap();
+        let all = take_waiting(&app, FREE, free).unwrap();
         assert!(matches!(read(pieces()).await, Err(ServerError::BodyMemory)));
-        assert_eq!(read(Body::from("ab")).await.unwrap(), "ab", "it came whole");
+        assert_eq!(read(Body::from(vec![b'a'; 60_000])).await.unwrap().len(), 60_000, "it came whole");
+        assert_eq!(read(pieces_of(FREE / 2)).await.unwrap().len(), FREE + 9, "it waits with little");
         drop(all);
-        assert_eq!(read(pieces()).await.unwrap(), "ab");
+        assert_eq!(read(pieces()).await.unwrap().len(), FREE + 2 + 9);
         assert_eq!(app.waiting_memory.available_permits(), free);
     }
 

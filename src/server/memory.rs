@@ -30,9 +30,13 @@ pub(crate) fn waiting_bytes(max_body_bytes: usize) -> usize {
     (max_body_bytes / 4).max(1 << 20)
 }
 
-/// Memory for a part of a small body that waits for its rest, which its client may take its time to send. One that comes whole
-/// needs none.
-pub(crate) fn take_waiting(app: &AppState, n_bytes: usize) -> Result<OwnedSemaphorePermit, ServerError> {
+/// Bytes of a body that need no memory while they wait: the usual request stays possible while others have taken all of it.
+pub(crate) const FREE: usize = 4096;
+
+/// Memory for `n_bytes` more of a small body, of which there are `before` already, while it waits for its rest, which its client may
+/// take its time to send. One that comes whole needs none.
+pub(crate) fn take_waiting(app: &AppState, before: usize, n_bytes: usize) -> Result<OwnedSemaphorePermit, ServerError> {
+    let n_bytes = (before + n_bytes).saturating_sub(before.max(FREE));
     let n_bytes = u32::try_from(n_bytes).map_err(|_| ServerError::BodyMemory)?;
     Arc::clone(&app.waiting_memory).try_acquire_many_owned(n_bytes).map_err(|_| ServerError::BodyMemory)
 }

@@ -140,6 +140,8 @@ pub struct Shared {
     loader: OnceLock<Loader>,
     /// Held while models are loaded anew: one after the other.
     reloading: Mutex<()>,
+    /// Held from reading a file of credentials to putting its keys in the place of the old ones: else older ones could come last.
+    reading_credentials: Mutex<()>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -205,6 +207,7 @@ impl AppState {
             tracer: OnceLock::new(),
             loader: OnceLock::new(),
             reloading: Mutex::new(()),
+            reading_credentials: Mutex::new(()),
         })))
     }
 
@@ -289,6 +292,7 @@ impl AppState {
     /// Reads the file of API keys and the certificate again, as far as there are any. What cannot be used is told in log
     /// and metrics, and the old one stays. Returns why, for each that was refused.
     pub async fn reload_credentials(&self) -> Vec<String> {
+        let _one_at_a_time = self.reading_credentials.lock().await;
         let state = self.clone();
         let reading = tokio::task::spawn_blocking(move || {
             let mut refused = Vec::new();

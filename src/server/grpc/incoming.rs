@@ -58,7 +58,7 @@ impl<Req: Message + Default> Messages<Req> {
         }
         let memory = take_above(self.small, &self.app, len)?;
         let waits = memory.is_none() && self.rest.len() < len;
-        let _waiting = waits.then(|| take_waiting(&self.app, len)).transpose()?;
+        let _waiting = waits.then(|| take_waiting(&self.app, 0, len)).transpose()?;
         let mut bytes = Vec::with_capacity(len);
         // A stream may say nothing for hours, but not in the middle of a message: it holds memory for the rest of it.
         let limit = self.app.config.body_timeout;
