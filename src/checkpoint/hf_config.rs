@@ -113,7 +113,7 @@ fn pooling(config: &Value, file: &str) -> Result<Pooling, CheckpointError> {
 }
 
 /// The transformer's configuration.
-pub(super) const CONFIG: &str = "config.json";
+pub const CONFIG_FILE: &str = "config.json";
 
 fn optional_usize(config: &Value, file: &str, key: &str) -> Result<Option<usize>, CheckpointError> {
     match config.get(key) {
@@ -127,7 +127,7 @@ fn optional_usize(config: &Value, file: &str, key: &str) -> Result<Option<usize>
 }
 
 fn required_usize(config: &Value, key: &str) -> Result<usize, CheckpointError> {
-    optional_usize(config, CONFIG, key)?.ok_or_else(|| CheckpointError::field(CONFIG, key, "is missing"))
+    optional_usize(config, CONFIG_FILE, key)?.ok_or_else(|| CheckpointError::field(CONFIG_FILE, key, "is missing"))
 }
 
 fn activation(config: &Value, key: &str) -> Result<Activation, CheckpointError> {
@@ -135,7 +135,7 @@ fn activation(config: &Value, key: &str) -> Result<Activation, CheckpointError> 
         None | Some("gelu") => Ok(Activation::Gelu),
         Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_fast") => Ok(Activation::GeluTanh),
         Some("relu") => Ok(Activation::Relu),
-        Some(other) => Err(CheckpointError::field(CONFIG, key, format!("`{other}` is not supported"))),
+        Some(other) => Err(CheckpointError::field(CONFIG_FILE, key, format!("`{other}` is not supported"))),
     }
 }
 
@@ -150,18 +150,18 @@ fn head(config: &Value, family: Family) -> Result<Option<HeadConfig>, Checkpoint
     let labels = match config.get("id2label") {
         None | Some(Value::Null) => {
             // Hugging Face leaves out what is its default: two labels.
-            let n_labels = optional_usize(config, CONFIG, "num_labels")?.unwrap_or(2);
+            let n_labels = optional_usize(config, CONFIG_FILE, "num_labels")?.unwrap_or(2);
             if n_labels > 1 << 16 {
-                return Err(CheckpointError::field(CONFIG, "num_labels", format!("{n_labels} are too many")));
+                return Err(CheckpointError::field(CONFIG_FILE, "num_labels", format!("{n_labels} are too many")));
             }
             (0..n_labels).map(|id| format!("LABEL_{id}")).collect()
         }
         Some(Value::Object(map)) => (0..map.len())
             .map(|id| map.get(&id.to_string()).and_then(Value::as_str).map(str::to_owned))
             .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| CheckpointError::field(CONFIG, "id2label", "does not number labels from 0"))?,
+            .ok_or_else(|| CheckpointError::field(CONFIG_FILE, "id2label", "does not number labels from 0"))?,
         Some(other) => {
-            return Err(CheckpointError::field(CONFIG, "id2label", format!("`{other}` is not an object")));
+            return Err(CheckpointError::field(CONFIG_FILE, "id2label", format!("`{other}` is not an object")));
         }
     };
     let function = match config.get("problem_type").and_then(Value::as_str) {
@@ -170,7 +170,7 @@ fn head(config: &Value, family: Family) -> Result<Option<HeadConfig>, Checkpoint
         _ if labels.len() == 1 => ScoreFunction::Sigmoid,
         None | Some("single_label_classification") => ScoreFunction::Softmax,
         Some(other) => {
-            return Err(CheckpointError::field(CONFIG, "problem_type", format!("`{other}` is not supported")));
+            return Err(CheckpointError::field(CONFIG_FILE, "problem_type", format!("`{other}` is not supported")));
         }
     };
     let dense = match family {
@@ -189,7 +189,7 @@ pub(super) fn architecture(
     let model_type = config
         .get("model_type")
         .and_then(Value::as_str)
-        .ok_or_else(|| CheckpointError::field(CONFIG, "model_type", "is missing"))?;
+        .ok_or_else(|| CheckpointError::field(CONFIG_FILE, "model_type", "is missing"))?;
     let family = match model_type {
         "bert" => Family::Bert,
         "roberta" | "xlm-roberta" | "camembert" => Family::Roberta,
@@ -199,10 +199,10 @@ pub(super) fn architecture(
     if let Some(kind) = config.get("position_embedding_type").and_then(Value::as_str).filter(|&kind| kind != "absolute")
     {
         let reason = format!("`{kind}` is not supported");
-        return Err(CheckpointError::field(CONFIG, "position_embedding_type", reason));
+        return Err(CheckpointError::field(CONFIG_FILE, "position_embedding_type", reason));
     }
     if config.get("is_decoder").and_then(Value::as_bool) == Some(true) {
-        return Err(CheckpointError::field(CONFIG, "is_decoder", "decoders are not supported"));
+        return Err(CheckpointError::field(CONFIG_FILE, "is_decoder", "decoders are not supported"));
     }
     if config.get("sinusoidal_pos_embds").and_then(Value::as_bool) == Some(true) {
         tracing::debug!("sinusoidal positions are read from the stored table");
@@ -219,13 +219,13 @@ pub(super) fn architecture(
     let d_ffn = required_usize(config, keys[3])?;
     if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
         let reason = format!("{n_heads} heads do not divide a width of {d_model}");
-        return Err(CheckpointError::field(CONFIG, keys[2], reason));
+        return Err(CheckpointError::field(CONFIG_FILE, keys[2], reason));
     }
     if n_layers > 1_024 {
-        return Err(CheckpointError::field(CONFIG, keys[1], format!("{n_layers} layers are more than 1024")));
+        return Err(CheckpointError::field(CONFIG_FILE, keys[1], format!("{n_layers} layers are more than 1024")));
     }
     let offset = match family {
-        Family::Roberta => optional_usize(config, CONFIG, "pad_token_id")?.unwrap_or(1).saturating_add(1),
+        Family::Roberta => optional_usize(config, CONFIG_FILE, "pad_token_id")?.unwrap_or(1).saturating_add(1),
         Family::Bert | Family::Distilbert => 0,
     };
     let positions = Positions { table_len: required_usize(config, "max_position_embeddings")?, offset, tiled: false };
@@ -241,7 +241,7 @@ pub(super) fn architecture(
         n_token_types: match family {
             Family::Distilbert => 0,
             // Hugging Face's default for both: a table that is there is not left out because nobody says so.
-            Family::Bert | Family::Roberta => optional_usize(config, CONFIG, "type_vocab_size")?.unwrap_or(2),
+            Family::Bert | Family::Roberta => optional_usize(config, CONFIG_FILE, "type_vocab_size")?.unwrap_or(2),
         },
         positions,
         d_model,
@@ -261,6 +261,7 @@ pub(super) fn architecture(
 
 /// Parses `config.json` of the transformer folder.
 pub(super) fn read_config(dir: &Path) -> Result<Value, CheckpointError> {
-    let path = dir.join(CONFIG);
-    read_json(&path, CONFIG)?.ok_or(CheckpointError::MissingFile { path, hint: "a model directory holds config.json" })
+    let path = dir.join(CONFIG_FILE);
+    read_json(&path, CONFIG_FILE)?
+        .ok_or(CheckpointError::MissingFile { path, hint: "a model directory holds config.json" })
 }

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::CONFIG_FILE;
 use cache::RepoCache;
 use names::{Commit, ModelId, Revision};
 use transfer::Client;
@@ -48,7 +49,6 @@ impl HubProgress for () {}
 const DESCRIPTIONS: [&str; 5] =
     ["sentence_bert_config.json", "config_sentence_transformers.json", "niwaki.json", "README.md", "LICENSE"];
 const MODULES: &str = "modules.json";
-const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
@@ -154,7 +154,7 @@ fn fetch_snapshot(
         true => transformer_folder(&fetch_small(MODULES)?)?,
         false => String::new(),
     };
-    let config = format!("{folder}{CONFIG}");
+    let config = format!("{folder}{CONFIG_FILE}");
     let tokenizer = [TOKENIZER.to_owned(), format!("{folder}{TOKENIZER}")]
         .into_iter()
         .find(|file| siblings.contains(file))
@@ -195,7 +195,7 @@ fn fetch_snapshot(
 
 /// `1_Pooling/config.json` and its like: one folder deep.
 fn is_module_config(name: &str) -> bool {
-    name.split_once('/').is_some_and(|(_, file)| file == CONFIG)
+    name.split_once('/').is_some_and(|(_, file)| file == CONFIG_FILE)
 }
 
 /// The folder of the transformer, as `folder/` or empty, that `modules.json` names.
@@ -232,7 +232,7 @@ fn has_required_files(snapshot: &Path) -> bool {
         let index = snapshot.join(format!("{folder}{WEIGHTS_INDEX}"));
         shards_of(&index, &folder).is_ok_and(|shards| shards.iter().all(|name| has(name)))
     };
-    has(&format!("{folder}{CONFIG}"))
+    has(&format!("{folder}{CONFIG_FILE}"))
         && (has(TOKENIZER) || has(&format!("{folder}{TOKENIZER}")))
         && (has(&format!("{folder}{WEIGHTS}")) || has_shards())
 }

@@ -275,30 +275,19 @@ impl Checkpoint {
         }
         let rest = &mut groups[TensorGroup::NormsAndBiases as usize];
         (rest.bytes, rest.elements, rest.forms) = (biases, biases / 4, vec!["f32".to_owned()]);
-        let head: u64 = HeadSlot::ALL.into_iter().map(|slot| self.head_bytes(slot)).sum();
-        let elements = HeadSlot::ALL.map(|slot| slot.shape(spec)).map(|(n_out, n_in)| n_out * (n_in + 1));
+        let mut head = 0;
+        for slot in HeadSlot::ALL.into_iter().filter(|_| spec.head.is_some()) {
+            for part in ["weight", "bias"] {
+                head += self.head_tensor(slot, part)?.data.len() as u64;
+            }
+        }
         let entry = &mut groups[TensorGroup::Head as usize];
-        (entry.bytes, entry.elements) = (head, elements.into_iter().sum::<usize>() as u64);
+        (entry.bytes, entry.elements) = (head, HeadSlot::n_elements(spec) as u64);
         entry.forms = vec!["f32".to_owned()];
         let unused = self.bytes_under_any("").saturating_sub(used + biases + head);
         groups[TensorGroup::Unused as usize].bytes = unused;
         groups.retain(|entry| entry.bytes > 0);
         Ok(Inventory { groups, matrices })
-    }
-
-    /// Bytes of a linear layer of the head, which stands at the root or, as a pooler does, behind the prefix.
-    fn head_bytes(&self, slot: HeadSlot) -> u64 {
-        let spec = self.architecture();
-        if spec.head.is_none() {
-            return 0;
-        }
-        let size = |wanted: &str| self.tensor_sizes().find(|(name, _)| *name == wanted).map(|(_, bytes)| bytes as u64);
-        let module = hf_names::head_module(spec.family, slot);
-        let of = |part: &str| {
-            let name = format!("{module}.{part}");
-            size(&name).or_else(|| size(&format!("{}{name}", self.prefix()))).unwrap_or(0)
-        };
-        of("weight") + of("bias")
     }
 
     /// Bytes of all tensors whose name starts so, behind the prefix that this checkpoint has.

@@ -16,6 +16,7 @@ mod weights;
 mod writer;
 
 pub use error::CheckpointError;
+pub use hf_config::CONFIG_FILE;
 pub use inventory::{GroupSize, Inventory, MatrixInfo, TensorGroup};
 pub use manifest::{
     Calibration, FORMAT_VERSION, Golden, MANIFEST_FILE, Manifest, Pruning, Quality, Recipe, SizeReport, Source,

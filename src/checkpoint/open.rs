@@ -127,7 +127,7 @@ impl Checkpoint {
         };
         let (dir, transformer_dir) = (Some(dir.to_owned()), Some(model_dir));
         let parts = Parts { name, dir, transformer_dir, manifest, tokenizer: tokenizer.into(), files };
-        let file = if parts.manifest.is_some() { MANIFEST_FILE } else { hf_config::CONFIG };
+        let file = if parts.manifest.is_some() { MANIFEST_FILE } else { hf_config::CONFIG_FILE };
         let architecture = Architecture::new(spec).map_err(|source| CheckpointError::Model { file, source })?;
         Self::assemble(parts, &architecture, options)
     }
@@ -320,19 +320,20 @@ impl Checkpoint {
         Ok(LinearWeights { n_out, n_in, weight, bias })
     }
 
+    /// A tensor of the classification head, which stands at the root or, as a pooler does, behind the prefix.
+    pub(super) fn head_tensor(&self, slot: HeadSlot, part: &str) -> Result<TensorView<'_>, CheckpointError> {
+        let name = format!("{}.{part}", hf_names::head_module(self.architecture.family, slot));
+        let at_root = self.files.iter().find(|file| file.contains(&name));
+        at_root.map_or_else(|| self.tensor(&name), |file| file.tensor(&name))
+    }
+
     /// A linear layer of the classification head.
     ///
     /// # Errors
     /// Naming the tensor that is missing, misshapen or damaged.
     pub fn head(&self, slot: HeadSlot) -> Result<LinearWeights<'_>, CheckpointError> {
         let (n_out, n_in) = slot.shape(&self.architecture);
-        let module = hf_names::head_module(self.architecture.family, slot);
-        let find = |part: &str| -> Result<TensorView<'_>, CheckpointError> {
-            let name = format!("{module}.{part}");
-            let at_root = self.files.iter().find(|file| file.contains(&name));
-            at_root.map_or_else(|| self.tensor(&name), |file| file.tensor(&name))
-        };
-        let (weight, bias) = (find("weight")?, find("bias")?);
+        let (weight, bias) = (self.head_tensor(slot, "weight")?, self.head_tensor(slot, "bias")?);
         weight.expect_shape(&[n_out, n_in])?;
         bias.expect_shape(&[n_out])?;
         Ok(LinearWeights { n_out, n_in, weight: Weight::F32(weight.to_f32()?), bias: bias.to_f32()?.into_owned() })

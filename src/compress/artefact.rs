@@ -10,7 +10,7 @@ use super::slots::{Group, MatrixSlot};
 use super::vocabulary::NewIds;
 use super::weights::Weights;
 use crate::checkpoint::{
-    ArtefactDir, Checkpoint, CheckpointError, Dtype, TensorOut, hf_names, linear_tensors, matrix_tensors,
+    ArtefactDir, CONFIG_FILE, Checkpoint, CheckpointError, Dtype, TensorOut, hf_names, linear_tensors, matrix_tensors,
     write_safetensors,
 };
 use crate::exec::candle::WeightSource;
@@ -26,8 +26,6 @@ pub(super) const REPORT_FILES: [&str; 2] = ["report.json", "report.html"];
 /// The model card.
 pub(super) const CARD_FILE: &str = "README.md";
 
-/// The transformer's configuration.
-const CONFIG_FILE: &str = "config.json";
 /// What other programs read beside the tokenizer itself.
 const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 

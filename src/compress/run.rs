@@ -334,8 +334,8 @@ fn estimated_bytes(spec: &Architecture) -> u64 {
     let vectors: usize =
         spec.layers.iter().map(|layer| 8 * (layer.d_ffn + 4 * layer.d_context() + 6 * spec.d_model)).sum();
     // A head stays in f32.
-    let head = HeadSlot::ALL.map(|slot| slot.shape(spec)).map(|(n_out, n_in)| 4 * n_out * (n_in + 1));
-    tables + linears + vectors as u64 + head.into_iter().sum::<usize>() as u64
+    let head = 4 * HeadSlot::n_elements(spec);
+    tables + linears + (vectors + head) as u64
 }
 
 /// Refuses when the file system of `out` has less room than the artefact takes.

@@ -84,6 +84,11 @@ impl HeadSlot {
             (Self::Out, Some(head)) => (head.labels.len(), d_model),
         }
     }
+
+    /// Numbers of the whole head, biases included.
+    pub(crate) fn n_elements(architecture: &Architecture) -> usize {
+        Self::ALL.map(|slot| slot.shape(architecture)).map(|(n_out, n_in)| n_out * (n_in + 1)).into_iter().sum()
+    }
 }
 
 impl std::fmt::Display for HeadSlot {
