@@ -574,8 +574,8 @@ fn the_matrix_unit_gives_the_bits_of_avx512() {
             for panel in 0..packed.n_panels() {
                 let [a, b] = [&amx, &avx512].map(|set| {
                     let (mut out, mut halves) = (vec![f32::NAN; m * PANEL], vec![0; m * PANEL]);
-                    set.product_f32(&x, &packed, panel, &mut out);
-                    set.product_half(&x, &packed, panel, &mut halves);
+                    set.product_f32(&x, &packed, panel..packed.n_panels(), &mut out);
+                    set.product_half(&x, &packed, panel..packed.n_panels(), &mut halves);
                     (out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), halves)
                 });
                 assert!(a == b, "{m} rows of {n_in} in groups of {group}, panel {panel}");

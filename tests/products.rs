@@ -196,8 +196,8 @@ fn values_are_those_of_the_stored_numbers() {
                     let mut values = vec![f32::NAN; n_rows * PANEL];
                     let mut halves = vec![0u16; n_rows * PANEL];
                     for panel in 0..packed.n_panels() {
-                        set.product_f32(&x.view(), &packed, panel, &mut values);
-                        set.product_half(&x.view(), &packed, panel, &mut halves);
+                        set.product_f32(&x.view(), &packed, panel..packed.n_panels(), &mut values);
+                        set.product_half(&x.view(), &packed, panel..packed.n_panels(), &mut halves);
                         for row in 0..n_rows {
                             for column in 0..PANEL.min(n_out - panel * PANEL) {
                                 let want = expected[row * n_out + panel * PANEL + column];

@@ -144,9 +144,9 @@ fn products_go_on_into_row_passes_as_if_they_had_been_stored() {
                     let mut stream = Stream { rows: &mut rows, n: n_out, sums: &mut sums };
                     for panel in 0..packed.n_panels() {
                         let at = panel * n_rows * PANEL..(panel + 1) * n_rows * PANEL;
-                        set.product_f32(&x, &packed, panel, &mut stored[at.clone()]);
-                        set.product_topped(&x, &packed, panel, &mut tops, &mut topped[at]);
-                        set.product_add(&x, &packed, panel, &mut stream, &mut room);
+                        set.product_f32(&x, &packed, panel..packed.n_panels(), &mut stored[at.clone()]);
+                        set.product_topped(&x, &packed, panel..packed.n_panels(), &mut tops, &mut topped[at]);
+                        set.product_add(&x, &packed, panel..packed.n_panels(), &mut stream, &mut room);
                     }
                     let block = Block { data: &stored, n_rows, n: n_out };
                     let codes_of = |tops: Option<&[RowTop]>, data: &[f32]| {

@@ -23,12 +23,13 @@ use super::workspace::{Buffer, Workspace};
 use crate::kernels::attention::Heads;
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, RowSums, RowTop, block_index, code_stride};
-use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat};
+use crate::kernels::threads::{Cores, Cut, PanelRowParts, RowParts, Seat, Shares};
 use crate::kernels::{Block, CodeRowsMut, KernelSet, Nonlinearity, Norm, Reduction, Stream, half_to_f32};
 use crate::model::{Activation, Architecture, AttentionSpec, Band, ForwardMemory, ModelError, Ops, Pooling, Ragged};
 
-/// Most rows of a thread's block ([`KernelSet::block_rows`]): at 1,536 columns of f32 it takes 0.4 MB of the L2 cache.
-const BLOCK_ROWS: usize = KernelSet::MOST_BLOCK_ROWS;
+/// Most rows of a thread's block: at 1,536 columns of f32 it takes 0.5 MB of the L2 cache. Beyond those that kernels are fastest with
+/// ([`KernelSet::block_rows`]) there is room for what a thread can do more of than a slower one.
+const BLOCK_ROWS: usize = KernelSet::MOST_BLOCK_ROWS + 16;
 /// Up to this many tokens, columns are split over threads instead of rows.
 const COLUMN_SPLIT_ROWS: usize = 32;
 
@@ -229,11 +230,13 @@ impl Int8 {
         let mut block = workspace.take::<f32>(packed.n_panels() * n_rows * PANEL);
         let mut room = None;
         let x = turned(kernels, workspace, packed, x.view(0..n_rows), &mut room);
-        let cut = column_cut(packed.n_panels(), seat.n_cores());
+        let shares = column_shares(packed.n_panels(), seat);
+        let cut = shares.cut();
         let parts = RowParts::new(&mut block, n_rows * PANEL, cut);
-        seat.for_each(parts, |_, index, out: &mut [f32]| {
-            for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
-                kernels.product_f32(&x, packed, panel, out);
+        seat.for_each_share(cut, parts, |_, index, out: &mut [f32]| {
+            let panels = cut.rows(index);
+            for (panel, out) in panels.clone().zip(out.chunks_exact_mut(n_rows * PANEL)) {
+                kernels.product_f32(&x, packed, panel..panels.end, out);
             }
         });
         block
@@ -256,21 +259,24 @@ impl Int8 {
             let (x, packed) = (middle.as_ref().unwrap_or(x), linear.layer.last());
             let mut room = None;
             let x = turned(kernels, workspace, packed, x.view(0..n_rows), &mut room);
-            let cut = column_cut(packed.n_panels(), seat.n_cores());
+            let shares = column_shares(packed.n_panels(), seat);
+            let cut = shares.cut();
             let parts = RowParts::new(&mut out, n_rows * PANEL, cut);
-            seat.for_each(parts, |_, index, out: &mut [u16]| {
-                for (panel, out) in cut.rows(index).zip(out.chunks_exact_mut(n_rows * PANEL)) {
-                    kernels.product_half(&x, packed, panel, out);
+            seat.for_each_share(cut, parts, |_, index, out: &mut [u16]| {
+                let panels = cut.rows(index);
+                for (panel, out) in panels.clone().zip(out.chunks_exact_mut(n_rows * PANEL)) {
+                    kernels.product_half(&x, packed, panel..panels.end, out);
                 }
             });
         } else {
-            let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
+            let shares = row_shares(n_rows, kernels.block_rows(linear.layer.n_in()), seat);
+            let cut = shares.cut();
             let parts = PanelRowParts::new(&mut out, n_rows, PANEL, cut);
-            seat.for_each(parts, |lane, index, mut out| {
+            seat.for_each_share(cut, parts, |lane, index, mut out| {
                 let mut lane = lanes.of(lane);
                 let (x, packed) = lane.middle.enter(kernels, &linear.layer, x.view(cut.rows(index)));
                 for panel in 0..packed.n_panels() {
-                    kernels.product_half(&x, packed, panel, out.panel(panel));
+                    kernels.product_half(&x, packed, panel..packed.n_panels(), out.panel(panel));
                 }
             });
         }
@@ -285,9 +291,10 @@ impl Int8 {
         let columns = self.splits_columns(n_rows).then(|| self.layer_columns(&linear.layer, x, n_rows));
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
+        let shares = row_shares(n_rows, kernels.block_rows(linear.layer.n_in()), seat);
+        let cut = shares.cut();
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
-        seat.for_each(parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
+        seat.for_each_share(cut, parts, |lane, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let rows = cut.rows(index);
             let mut to = CodeRowsMut { codes, stride, scales, range: linear.out_range };
             if let Some(block) = &columns {
@@ -301,7 +308,7 @@ impl Int8 {
             let mut tops = [RowTop::EMPTY; BLOCK_ROWS];
             let tops = &mut tops[..rows.len()];
             for (panel, out) in block.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-                kernels.product_topped(&x, packed, panel, tops, out);
+                kernels.product_topped(&x, packed, panel..packed.n_panels(), tops, out);
             }
             let block = Block { data: block, n_rows: rows.len(), n };
             kernels.quantize_activated(block, 0..rows.len(), then, Some(tops), &mut to);
@@ -321,18 +328,15 @@ fn turned<'a>(
     kernels.turn(x, weights, |n| room.insert(workspace.take(n)))
 }
 
-/// Blocks of at most `block` rows, and evenly many for each thread.
-fn row_cut(n_rows: usize, block: usize, n_cores: usize) -> Cut<'static> {
-    let rounds = n_rows.div_ceil(block * n_cores).max(1);
-    Cut::Even { n_rows, block: n_rows.div_ceil(rounds * n_cores).max(1) }
+/// Rows for the threads of the next loop; what passes leave of `block` goes to those that are faster.
+fn row_shares(n_rows: usize, block: usize, seat: &mut Seat) -> Shares {
+    seat.shares(n_rows, block, BLOCK_ROWS, 1)
 }
 
-/// Runs of panels: two for each thread if that divides as well as one.
-fn column_cut(n_panels: usize, n_cores: usize) -> Cut<'static> {
-    let load = |block: usize| n_panels.div_ceil(block).div_ceil(n_cores) * block;
-    let whole = n_panels.div_ceil(n_cores).max(1);
-    let half = n_panels.div_ceil(2 * n_cores).max(1);
-    Cut::Even { n_rows: n_panels, block: if load(half) <= load(whole) { half } else { whole } }
+/// Runs of panels for the threads of the next loop.
+fn column_shares(n_panels: usize, seat: &mut Seat) -> Shares {
+    let most = n_panels.max(1);
+    seat.shares(n_panels, most, most, 1)
 }
 
 /// LayerNorm of rows of the residual stream and those of `block`, if there is one.
@@ -378,18 +382,23 @@ impl Ops for Int8 {
         let stride = codes.stride;
         let Self { kernels, cores, seat, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let cut = row_cut(n_rows, BLOCK_ROWS, seat.n_cores());
+        let shares = row_shares(n_rows, KernelSet::MOST_BLOCK_ROWS, seat);
+        let cut = shares.cut();
         let parts = (
             RowParts::new(&mut rows, d_model, cut),
             RowParts::new(&mut codes.codes, stride, cut),
             RowParts::new(&mut codes.scales, 1, cut),
         );
-        seat.for_each(parts, |lane, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
-            let mut lane = lanes.of(lane);
-            tables.sum(kernels, batch, cut.rows(index).start, rows, &mut lane.gather);
-            let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
-            add_norm(kernels, None, rows, norm, &mut to);
-        });
+        seat.for_each_share(
+            cut,
+            parts,
+            |lane, index, (rows, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+                let mut lane = lanes.of(lane);
+                tables.sum(kernels, batch, cut.rows(index).start, rows, &mut lane.gather);
+                let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
+                add_norm(kernels, None, rows, norm, &mut to);
+            },
+        );
         Ok(Int8Act { n_rows, n: d_model, form: Form::Stream { rows, codes } })
     }
 
@@ -442,30 +451,35 @@ impl Ops for Int8 {
         let Self { kernels, seat, cores, lanes, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let stride = codes.stride;
-        let cut = row_cut(n_rows, kernels.block_rows(linear.layer.n_in()), seat.n_cores());
+        let shares = row_shares(n_rows, kernels.block_rows(linear.layer.n_in()), seat);
+        let cut = shares.cut();
         let parts = (
             RowParts::new(&mut rows, n, cut),
             RowParts::new(&mut codes.codes, stride, cut),
             RowParts::new(&mut codes.scales, 1, cut),
         );
-        seat.for_each(parts, |lane, index, (residual, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
-            let rows = cut.rows(index);
-            let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
-            if let Some(block) = &columns {
-                add_norm(kernels, Some((Block { data: block, n_rows, n }, rows)), residual, norm, &mut to);
-                return;
-            }
-            let mut lane = lanes.of(lane);
-            let Lane { block, middle, .. } = &mut *lane;
-            let (x, packed) = middle.enter(kernels, &linear.layer, input.view(rows.clone()));
-            let room = block.first::<f32>(rows.len() * PANEL);
-            let mut sums = [RowSums::EMPTY; BLOCK_ROWS];
-            let mut stream = Stream { rows: residual, n, sums: &mut sums[..rows.len()] };
-            for panel in 0..packed.n_panels() {
-                kernels.product_add(&x, packed, panel, &mut stream, room);
-            }
-            kernels.normalize(&mut stream, norm.view(), &mut to);
-        });
+        seat.for_each_share(
+            cut,
+            parts,
+            |lane, index, (residual, codes, scales): (&mut [f32], &mut [u8], &mut [RowScale])| {
+                let rows = cut.rows(index);
+                let mut to = CodeRowsMut { codes, stride, scales, range: norm.range };
+                if let Some(block) = &columns {
+                    add_norm(kernels, Some((Block { data: block, n_rows, n }, rows)), residual, norm, &mut to);
+                    return;
+                }
+                let mut lane = lanes.of(lane);
+                let Lane { block, middle, .. } = &mut *lane;
+                let (x, packed) = middle.enter(kernels, &linear.layer, input.view(rows.clone()));
+                let room = block.first::<f32>(rows.len() * PANEL);
+                let mut sums = [RowSums::EMPTY; BLOCK_ROWS];
+                let mut stream = Stream { rows: residual, n, sums: &mut sums[..rows.len()] };
+                for panel in 0..packed.n_panels() {
+                    kernels.product_add(&x, packed, panel..packed.n_panels(), &mut stream, room);
+                }
+                kernels.normalize(&mut stream, norm.view(), &mut to);
+            },
+        );
         Ok(Int8Act { n_rows, n, form: Form::Stream { rows, codes } })
     }
 

@@ -388,7 +388,7 @@ impl Table {
         let x = CodeRows::new(to.codes, stride, to.scales);
         let sums = gather.sums.first::<f32>(n_rows * PANEL);
         for panel in 0..packed.n_panels() {
-            kernels.product_f32(&x, packed, panel, sums);
+            kernels.product_f32(&x, packed, panel..packed.n_panels(), sums);
             let columns = panel * PANEL..width.min((panel + 1) * PANEL);
             for (row, sums) in rows.chunks_exact_mut(width).zip(sums.chunks_exact(PANEL)) {
                 row[columns.clone()].iter_mut().zip(sums).for_each(|(value, sum)| *value += sum);

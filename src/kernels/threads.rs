@@ -7,9 +7,9 @@
 //!          that follow; all are given back when the player leaves, or as its next loop starts while somebody waits to enter
 //! ```
 //!
-//! So a lone player uses every core, and with N players inside each computes on one core. Each thread begins with the part of
-//! its own number, the rest is handed out by a counter; which thread takes a part is left to chance, so a part must never depend
-//! on who computes it.
+//! So a lone player uses every core, and with N players inside each computes on one core. Each thread has a run of parts that follow
+//! each other, and takes of others' runs once its own is done; which thread takes a part is left to chance, so a part must never
+//! depend on who computes it. Where a loop has one part for each thread, parts are as large as threads are fast (`Shares`).
 //!
 //! A helper spins for a while after a loop, because the loops of one forward follow each other within microseconds and waking a
 //! parked thread costs some 40 µs, then parks. A loop never waits for a helper that has not started: the task is taken back. A
@@ -21,15 +21,20 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 mod helper;
+mod pace;
 mod parts;
 
-use self::helper::{Helper, Job, Task};
+use self::helper::{Helper, Job, Task, run_of};
+pub use self::pace::Shares;
 pub use self::parts::{Cut, PanelRowParts, PanelRows, Parts, RowParts};
 
 /// Helpers a single player can use.
 const MAX_TEAM: usize = 63;
+/// A shorter part says little about how fast its thread is.
+const LEAST_WATCHED: Duration = Duration::from_micros(4);
 
 /// The computing threads of the process.
 pub struct Cores {
@@ -149,28 +154,46 @@ impl Seat {
     /// # Panics
     /// If a body panics; the other parts may or may not have run.
     pub fn run(&mut self, n_parts: usize, body: &(dyn Fn(usize, usize) + Sync)) {
+        self.run_watching(n_parts, body, |_, _| {});
+    }
+
+    /// [`Self::run`]. If each thread had one part, `watch` is told how long this thread and every helper took, in order.
+    fn run_watching(
+        &mut self,
+        n_parts: usize,
+        body: &(dyn Fn(usize, usize) + Sync),
+        watch: impl FnOnce(Duration, &mut dyn Iterator<Item = &Helper>),
+    ) {
         let n_team = self.gather(n_parts.saturating_sub(1).min(MAX_TEAM));
         if n_team == 0 {
             (0..n_parts).for_each(|part| body(0, part));
             return;
         }
-        let job = Job::new(n_team + 1);
+        let job = Job::new();
         let task = Task::of(body, &job, n_team + 1, n_parts);
         let team = Team { shared: &self.cores.shared, members: &self.team[..n_team] };
-        for ((first, helper), &index) in (1..).zip(team.helpers()).zip(team.members) {
+        for ((thread, helper), &index) in (1..).zip(team.helpers()).zip(team.members) {
             // SAFETY: `gather` has claimed it; `team` is dropped before body and job are, and has then waited or taken back.
-            unsafe { helper.assign(task(usize::from(index) + 1, first)) };
+            unsafe { helper.assign(task(usize::from(index) + 1, thread)) };
         }
+        let started = Instant::now();
         // SAFETY: both are alive.
         unsafe { task(0, 0).work() };
-        for (first, helper) in (1..).zip(team.helpers()) {
+        let took = started.elapsed();
+        let mut have_all_begun = true;
+        for (thread, helper) in (1..).zip(team.helpers()) {
             if helper.take_back() {
-                body(0, first);
+                have_all_begun = false;
+                body(0, run_of(thread, n_team + 1, n_parts).start);
             }
         }
         drop(team);
         if let Some(panic) = job.into_panic() {
             resume_unwind(panic);
+        }
+        if have_all_begun && n_parts == n_team + 1 {
+            let shared = &self.cores.shared;
+            watch(took, &mut shared.members(&self.team[..n_team]));
         }
     }
 
@@ -185,6 +208,51 @@ impl Seat {
             let part = unsafe { parts.part(index) };
             body(lane, index, part);
         });
+    }
+
+    /// [`Self::for_each`] of parts whose work is in proportion to the rows of `cut`. Where each thread had one, it is learnt how fast
+    /// they are.
+    #[allow(clippy::needless_pass_by_value, reason = "as for `for_each`")]
+    pub fn for_each_share<'a, P: Parts<'a>>(
+        &mut self,
+        cut: Cut<'_>,
+        parts: P,
+        body: impl Fn(usize, usize, P::Part) + Sync,
+    ) {
+        let run = |lane: usize, index: usize| {
+            // SAFETY: as in `for_each`.
+            let part = unsafe { parts.part(index) };
+            body(lane, index, part);
+        };
+        self.run_watching(parts.n_parts(), &run, |took, helpers| {
+            #[allow(clippy::cast_precision_loss, reason = "rows of a loop are far below 2^24")]
+            let speed = |index: usize, took: Duration| cut.rows(index).len() as f32 / took.as_secs_f32();
+            let own = speed(0, took);
+            for (index, helper) in (1..).zip(helpers) {
+                let took_both = took.min(helper.took());
+                if took_both >= LEAST_WATCHED {
+                    helper.pace.learn(speed(index, helper.took()) / own);
+                }
+            }
+        });
+    }
+
+    /// Cuts `n_rows` rows for the loop that follows: where every thread can have one part of at most `block` rows, by how fast the
+    /// threads are, none above `most`; else in even blocks. A part's rows are a multiple of `grain` if that can be.
+    ///
+    /// # Panics
+    /// If `block` is 0 or above `most`.
+    pub fn shares(&mut self, n_rows: usize, block: usize, most: usize, grain: usize) -> Shares {
+        assert!((1..=most).contains(&block), "blocks of {block} rows, at most {most}");
+        let n_threads = 1 + self.gather(n_rows.min(self.n_cores()).min(MAX_TEAM + 1).saturating_sub(1));
+        if n_threads == 1 || n_rows < n_threads * grain || n_rows > n_threads * block {
+            return Shares::even(n_rows, block, self.n_cores());
+        }
+        let mut paces = [1.0; MAX_TEAM + 1];
+        for (pace, helper) in paces[1..].iter_mut().zip(self.cores.shared.members(&self.team[..n_threads - 1])) {
+            *pace = helper.pace.get();
+        }
+        Shares::by_pace(n_rows, most, grain, &paces[..n_threads])
     }
 
     /// Claims helpers until there are `wanted`, if so many are free; none while somebody waits to enter. Returns how many of

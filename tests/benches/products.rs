@@ -99,7 +99,7 @@ fn product(set: &KernelSet, x: &Input, form: &Form, room: &mut Room) {
     let mut panels = |rows: CodeRows<'_>, weights: &PackedMatrix, out: &mut [f32]| {
         let rows = &set.turn(rows, weights, |n| &mut turned[..n]);
         for (panel, out) in (0..weights.n_panels()).zip(out.chunks_exact_mut(rows.scales.len() * PANEL)) {
-            set.product_f32(rows, weights, panel, out);
+            set.product_f32(rows, weights, panel..weights.n_panels(), out);
         }
     };
     let block = set.block_rows(form.first.n_in());

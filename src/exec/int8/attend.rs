@@ -11,7 +11,7 @@ use crate::kernels::attention::{
     Attention, CacheLine, HalfPanels, Heads, KEY_BLOCK, KeySlots, Queries, QueryKeys, SequenceHeads, SlotRange,
 };
 use crate::kernels::layout::{PANEL, RowScale};
-use crate::kernels::threads::{Cut, RowParts};
+use crate::kernels::threads::{Cut, RowParts, Shares};
 use crate::kernels::{Block, CodeRowsMut, KernelSet};
 use crate::model::{AttentionSpec, Band, GROUP_GRAIN, ModelError, Ragged};
 
@@ -44,6 +44,8 @@ struct Sequence {
 
 /// Rows of a block of queries that make good tiles on every instruction set.
 const QUERY_GRAIN: usize = 8;
+/// The same for the largest tiles, of blocks that are as large as threads are fast.
+const LARGE_QUERY_GRAIN: usize = 16;
 
 /// The most slots that sequences of a group of `n_tokens` tokens take together, each counted in grains of the groups.
 fn most_slots(band: Band, n_tokens: usize) -> usize {
@@ -137,14 +139,15 @@ impl Plan {
         }
     }
 
-    /// Cuts the attention of a group into parts. With a size of `run`, runs of so many heads are packed and computed at once.
+    /// Cuts the attention of a group into parts. With a size of `run`, runs of so many heads are packed and computed at once. `lone` is
+    /// how the queries of a group of one sequence are cut; those of others fall into blocks of even sizes.
     fn make(
         &mut self,
         kernels: &KernelSet,
-        heads: Heads,
-        band: Band,
+        (heads, band): (Heads, Band),
         batch: &Ragged<'_>,
         run: Option<usize>,
+        lone: Option<Cut<'_>>,
         n_cores: usize,
     ) {
         self.sequences.clear();
@@ -180,9 +183,10 @@ impl Plan {
                 self.runs.push((sequence, of_run));
             }
             self.sequences.push(Sequence { attention, first_row: rows.start, len, listed, packed: first_line..end });
-            for first in (0..len).step_by(block) {
-                self.queries.push((sequence, first));
-                self.rows.push(rows.start + (first + block).min(len));
+            let cut = lone.unwrap_or(Cut::Even { n_rows: len, block });
+            for of_block in (0..cut.n_parts()).map(|index| cut.rows(index)) {
+                self.queries.push((sequence, of_block.start));
+                self.rows.push(rows.start + of_block.end);
             }
         }
     }
@@ -266,7 +270,10 @@ impl Int8 {
         let Self { kernels, cores, seat, workspace, lanes, plan, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
         let run = head_run(heads, seat.n_cores()).filter(|_| few);
-        plan.make(kernels, heads, band, batch, run, seat.n_cores());
+        let most = kernels.most_block_rows();
+        let shares = (batch.n_seqs() == 1).then(|| seat.shares(qkv.n_rows, most, BLOCK_ROWS, LARGE_QUERY_GRAIN));
+        let lone = shares.as_ref().and_then(Shares::each);
+        plan.make(kernels, (heads, band), batch, run, lone, seat.n_cores());
         let plan = &*plan;
         let layer = Layer { heads, band, qkv: HalfPanels { data: half, n_rows: qkv.n_rows }, plan };
         let mut packed = workspace.take::<CacheLine>(plan.lines.last().copied().unwrap_or(0));

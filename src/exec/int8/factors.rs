@@ -1,6 +1,6 @@
 //! Matrices of low rank: two products, with what is between them rounded to codes per row, as every input is.
 
-use super::{BLOCK_ROWS, Buffer, Codes, Int8, RowParts, row_cut};
+use super::{Buffer, Codes, Int8, RowParts, row_shares};
 use crate::exec::workspace::Aligned;
 use crate::kernels::forms::PackedMatrix;
 use crate::kernels::layout::{CodeRows, PANEL, RowScale, STRIP, code_stride};
@@ -51,7 +51,7 @@ impl Middle {
         let x = kernels.turn(x, down, |n| self.turned.first(n));
         let block = self.block.first::<f32>(down.n_panels() * n_rows * PANEL);
         for (panel, out) in block.chunks_exact_mut((n_rows * PANEL).max(1)).enumerate() {
-            kernels.product_f32(&x, down, panel, out);
+            kernels.product_f32(&x, down, panel..down.n_panels(), out);
         }
         let codes = self.codes.first::<u8>(n_rows * stride);
         let scales = self.scales.first::<RowScale>(n_rows);
@@ -86,7 +86,8 @@ impl Int8 {
         let stride = to.stride;
         let Self { kernels, cores, seat, .. } = self;
         let seat = seat.get_or_insert_with(|| cores.enter());
-        let cut = row_cut(n_rows, BLOCK_ROWS, seat.n_cores());
+        let shares = row_shares(n_rows, KernelSet::MOST_BLOCK_ROWS, seat);
+        let cut = shares.cut();
         let parts = (RowParts::new(&mut to.codes, stride, cut), RowParts::new(&mut to.scales, 1, cut));
         seat.for_each(parts, |_, index, (codes, scales): (&mut [u8], &mut [RowScale])| {
             let mut to = CodeRowsMut { codes, stride, scales, range: None };

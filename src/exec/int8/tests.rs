@@ -292,20 +292,3 @@ fn the_workspace_is_sized_at_construction_and_grows_only_for_longer_inputs() {
     let (one, other) = (forward(&mut worker, &[100]), forward(&mut worker, &[900]));
     assert_eq!(bits(&forward(&mut worker, &[100, 900]).pooled), bits(&[one.pooled, other.pooled].concat()));
 }
-
-#[test]
-fn cuts_are_balanced() {
-    let largest = |cut: Cut<'_>| (0..cut.n_parts()).map(|part| cut.rows(part).len()).max().unwrap_or(0);
-    for n_cores in 1..5 {
-        for n in 1..300 {
-            let rows = row_cut(n, 48, n_cores);
-            assert!(largest(rows) <= 48);
-            let load = rows.n_parts().div_ceil(n_cores) * largest(rows);
-            assert!(load <= n.div_ceil(n_cores) + rows.n_parts(), "{n} rows on {n_cores}: {load}");
-            let panels = column_cut(n, n_cores);
-            assert_eq!((0..panels.n_parts()).map(|part| panels.rows(part).len()).sum::<usize>(), n);
-        }
-    }
-    // The default model's widths on two cores: 6, 18 and 24 panels split evenly.
-    assert_eq!([6, 18, 24].map(|n| largest(column_cut(n, 2))), [3, 9, 6]);
-}

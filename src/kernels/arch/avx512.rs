@@ -130,20 +130,26 @@ unsafe impl Simd for Avx512 {
 }
 
 /// `R` rows by the 64 columns of a panel, all of k in 4·R accumulators. `PREFETCH` of the four cache lines per group of k
-/// of the next panel are asked for, starting at line `line`.
+/// of the next panel are asked for, starting at line `line`, into the cache that `HINT` says.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 #[inline(never)]
-unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, line: usize) {
+unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize, const HINT: i32>(
+    gemm: &Gemm<T>,
+    row: usize,
+    line: usize,
+) {
     // SAFETY: the rows are inside `codes` and `out`, the panel holds `k_groups` groups (the façade's checks); prefetching
     // touches nothing.
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); 4]; R];
         let codes = row_starts::<R>(gemm.codes.add(row * gemm.stride), gemm.stride);
-        // What the results will be written over is fetched while they are computed.
-        for r in 0..R {
-            let out: *const i8 = gemm.out.add((row + r) * gemm.out_stride).cast();
-            for line in 0..PANEL * size_of::<T>() / 64 {
-                _mm_prefetch::<_MM_HINT_T0>(out.add(line * 64));
+        // What the results will be added to is fetched while they are computed.
+        if T::ADDS {
+            for r in 0..R {
+                let out: *const i8 = gemm.out.add((row + r) * gemm.out_stride).cast();
+                for line in 0..PANEL * size_of::<T>() / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(out.add(line * 64));
+                }
             }
         }
         for group in 0..gemm.k_groups {
@@ -157,7 +163,7 @@ unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T
                 }
             }
             for p in 0..PREFETCH {
-                _mm_prefetch::<_MM_HINT_T0>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
+                _mm_prefetch::<HINT>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
             }
         }
         T::end::<Avx512Vnni, R>(gemm, row, &sums);
@@ -166,47 +172,53 @@ unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize>(gemm: &Gemm<T
 
 /// [`tile`] of `n_rows` rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn tile_of<T: PanelEnd, const PREFETCH: usize>(gemm: &Gemm<T>, row: usize, n_rows: usize, line: usize) {
+unsafe fn tile_of<T: PanelEnd, const PREFETCH: usize, const HINT: i32>(
+    gemm: &Gemm<T>,
+    row: usize,
+    n_rows: usize,
+    line: usize,
+) {
     // SAFETY: passed on.
     unsafe {
         match n_rows {
             0 => {}
-            1 => tile::<T, 1, PREFETCH>(gemm, row, line),
-            2 => tile::<T, 2, PREFETCH>(gemm, row, line),
-            3 => tile::<T, 3, PREFETCH>(gemm, row, line),
-            4 => tile::<T, 4, PREFETCH>(gemm, row, line),
-            5 => tile::<T, 5, PREFETCH>(gemm, row, line),
-            _ => tile::<T, 6, PREFETCH>(gemm, row, line),
+            1 => tile::<T, 1, PREFETCH, HINT>(gemm, row, line),
+            2 => tile::<T, 2, PREFETCH, HINT>(gemm, row, line),
+            3 => tile::<T, 3, PREFETCH, HINT>(gemm, row, line),
+            4 => tile::<T, 4, PREFETCH, HINT>(gemm, row, line),
+            5 => tile::<T, 5, PREFETCH, HINT>(gemm, row, line),
+            _ => tile::<T, 6, PREFETCH, HINT>(gemm, row, line),
         }
     }
 }
 
 /// All tiles; the first ones ask for `PREFETCH` of the next panel's lines each, until all four of a group are asked for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn tiles<T: PanelEnd, const PREFETCH: usize>(gemm: &Gemm<T>) {
+unsafe fn tiles<T: PanelEnd, const PREFETCH: usize, const HINT: i32>(gemm: &Gemm<T>) {
     for (index, (row, n_rows)) in row_tiles(gemm.n_rows, 6).enumerate() {
         let line = index * PREFETCH;
         // SAFETY: passed on; the rows are below `n_rows`.
         unsafe {
             if line < 4 {
-                tile_of::<T, PREFETCH>(gemm, row, n_rows, line);
+                tile_of::<T, PREFETCH, HINT>(gemm, row, n_rows, line);
             } else {
-                tile_of::<T, 0>(gemm, row, n_rows, line);
+                tile_of::<T, 0, HINT>(gemm, row, n_rows, line);
             }
         }
     }
 }
 
-/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, its cache lines spread over the first row tiles.
+/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, its cache lines spread over the first row tiles. Few rows
+/// leave it no time to come from the third cache into the first, where it would only take the place of this one.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 pub(super) unsafe fn gemm<T: PanelEnd>(gemm: &Gemm<T>) {
     // SAFETY: passed on unchanged.
     unsafe {
         match gemm.n_rows.div_ceil(6) {
-            _ if gemm.next.is_null() => tiles::<T, 0>(gemm),
-            0 | 1 => tiles::<T, 4>(gemm),
-            2 | 3 => tiles::<T, 2>(gemm),
-            _ => tiles::<T, 1>(gemm),
+            _ if gemm.next.is_null() => tiles::<T, 0, _MM_HINT_T0>(gemm),
+            0 | 1 => tiles::<T, 4, _MM_HINT_T1>(gemm),
+            2 | 3 => tiles::<T, 2, _MM_HINT_T1>(gemm),
+            _ => tiles::<T, 1, _MM_HINT_T0>(gemm),
         }
     }
 }

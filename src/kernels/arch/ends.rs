@@ -16,11 +16,15 @@ const V: usize = 4;
 /// # Safety
 /// Of its function, as for [`Simd`], whose vectors must be a quarter of a panel; the rows must be in range.
 pub(super) trait PanelEnd: Sized {
+    /// Whether results are added to what stands where they go.
+    const ADDS: bool;
     /// Hands over the sums of `R` rows from `row` on.
     unsafe fn end<D: Dot, const R: usize>(gemm: &Gemm<Self>, row: usize, sums: &Sums<D, R, V>);
 }
 
 impl<T: Sink> PanelEnd for T {
+    const ADDS: bool = false;
+
     #[inline(always)]
     unsafe fn end<D: Dot, const R: usize>(gemm: &Gemm<Self>, row: usize, sums: &Sums<D, R, V>) {
         // SAFETY: passed on.
@@ -107,6 +111,8 @@ impl RowEnd for Added {
 }
 
 impl PanelEnd for Topped {
+    const ADDS: bool = false;
+
     #[inline(always)]
     unsafe fn end<D: Dot, const R: usize>(gemm: &Gemm<Self>, row: usize, sums: &Sums<D, R, V>) {
         // SAFETY: passed on.
@@ -115,6 +121,8 @@ impl PanelEnd for Topped {
 }
 
 impl PanelEnd for Added {
+    const ADDS: bool = true;
+
     #[inline(always)]
     unsafe fn end<D: Dot, const R: usize>(gemm: &Gemm<Self>, row: usize, sums: &Sums<D, R, V>) {
         // SAFETY: passed on.

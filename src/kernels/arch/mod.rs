@@ -279,7 +279,7 @@ impl KernelSet {
         kernel: unsafe fn(&Gemm<T>),
         x: &CodeRows<'_>,
         weights: &PackedLinear,
-        panel: usize,
+        panels: Range<usize>,
         out: &mut [T],
     ) {
         let n_rows = x.scales.len();
@@ -287,7 +287,7 @@ impl KernelSet {
             return;
         }
         assert!(rows_fit(out.len(), n_rows, PANEL, PANEL), "{n_rows} rows of results in {} elements", out.len());
-        let args = self.arguments_to(x, weights, panel, out.as_mut_ptr());
+        let args = self.arguments_to(x, weights, &panels, out.as_mut_ptr());
         // SAFETY: `Isa` proves the instruction set; rows, panel and results are inside their slices, checked above.
         unsafe { kernel(&args) }
     }
@@ -297,7 +297,7 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn gemm_i32(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [i32]) {
-        self.gemm(self.table.gemm_i32, x, weights, panel, out);
+        self.gemm(self.table.gemm_i32, x, weights, panel..panel + 1, out);
     }
 
     /// The same, as values: `x Wᵀ + b` for the columns of a panel, `[n_rows, PANEL]`.
@@ -305,7 +305,7 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn gemm_f32(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [f32]) {
-        self.gemm(self.table.gemm_f32, x, weights, panel, out);
+        self.gemm(self.table.gemm_f32, x, weights, panel..panel + 1, out);
     }
 
     /// The same, rounded to binary16.
@@ -313,6 +313,6 @@ impl KernelSet {
     /// # Panics
     /// If the sizes do not fit.
     pub fn gemm_half(&self, x: &CodeRows<'_>, weights: &PackedLinear, panel: usize, out: &mut [u16]) {
-        self.gemm(self.table.gemm_half, x, weights, panel, out);
+        self.gemm(self.table.gemm_half, x, weights, panel..panel + 1, out);
     }
 }

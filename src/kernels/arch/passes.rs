@@ -17,7 +17,7 @@ impl KernelSet {
         unsafe { (self.table.activate)(kind, values.as_mut_ptr(), values.len()) }
     }
 
-    /// The product with a panel of weights ([`KernelSet::product_f32`]); the largest value of each row is taken into `tops`.
+    /// The product with the first of `panels` of weights ([`KernelSet::product_f32`]); the largest value of each row is taken into `tops`.
     ///
     /// # Panics
     /// If the sizes do not fit.
@@ -25,21 +25,21 @@ impl KernelSet {
         &self,
         x: &CodeRows<'_>,
         weights: &PackedMatrix,
-        panel: usize,
+        panels: Range<usize>,
         tops: &mut [RowTop],
         out: &mut [f32],
     ) {
         let n_rows = tops.len();
         assert!(n_rows == x.scales.len() && out.len() >= n_rows * PANEL, "{n_rows} tops for {}", out.len());
-        let width = PANEL.min(weights.n_out() - panel * PANEL);
+        let width = PANEL.min(weights.n_out() - panels.start * PANEL);
         if let (Some(gemm), PackedMatrix::Dense(dense), PANEL) = (self.table.gemm_topped, weights, width)
             && n_rows > 0
         {
-            let args = self.arguments_to(x, dense, panel, out.as_mut_ptr().cast());
+            let args = self.arguments_to(x, dense, &panels, out.as_mut_ptr().cast());
             // SAFETY: `Isa` proves the instruction set; rows, panel, tops and results are inside their slices, checked above.
             return unsafe { gemm(&Gemm { tops: tops.as_mut_ptr(), ..args }) };
         }
-        self.product_f32(x, weights, panel, out);
+        self.product_f32(x, weights, panels, out);
         // SAFETY: `Isa` proves the instruction set; sizes are checked above, a panel's width is at most PANEL.
         unsafe { (self.table.tops)(out.as_ptr(), n_rows, width, tops.as_mut_ptr()) }
     }
@@ -140,7 +140,7 @@ impl KernelSet {
         unsafe { (self.table.add)(&args) }
     }
 
-    /// The product with a panel of weights ([`KernelSet::product_f32`]), added to its columns of the residual stream. `room` holds the
+    /// The product with the first of `panels` of weights ([`KernelSet::product_f32`]), added to its columns of the residual stream. `room` holds the
     /// panel's values where they have to be stored in between; the results are the same.
     ///
     /// # Panics
@@ -149,24 +149,24 @@ impl KernelSet {
         &self,
         x: &CodeRows<'_>,
         weights: &PackedMatrix,
-        panel: usize,
+        panels: Range<usize>,
         to: &mut Stream<'_>,
         room: &mut [f32],
     ) {
-        let (n_rows, first) = (to.check(), panel * PANEL);
+        let (n_rows, first) = (to.check(), panels.start * PANEL);
         assert!(n_rows == x.scales.len() && to.n == weights.n_out(), "{} rows for {n_rows}", x.scales.len());
         let width = PANEL.min(to.n - first);
         if let (Some(gemm), PackedMatrix::Dense(dense), PANEL) = (self.table.gemm_added, weights, width)
             && n_rows > 0
         {
             let (out, sums) = (to.rows[first..].as_mut_ptr().cast(), to.sums.as_mut_ptr());
-            let args = self.arguments_to(x, dense, panel, out);
+            let args = self.arguments_to(x, dense, &panels, out);
             // SAFETY: `Isa` proves the instruction set; rows and panel are inside their slices, and the residual stream holds as many
             // rows, `n` apart, of which the panel's columns are a part, and their sums.
             return unsafe { gemm(&Gemm { out_stride: to.n, sums, ..args }) };
         }
         let room = &mut room[..n_rows * PANEL];
-        self.product_f32(x, weights, panel, room);
+        self.product_f32(x, weights, panels, room);
         self.add_columns(room.as_ptr(), 0, first..first + width, to);
     }
 

@@ -1,6 +1,7 @@
 //! Matrix products of every form of [`PackedMatrix`]: the instantiations per instruction set, and their safe face.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::KernelSet;
 use super::blocks::Blocks;
@@ -399,7 +400,7 @@ impl<T> ByForm<T> {
 }
 
 impl KernelSet {
-    /// The arguments of a dense product with a panel. It is the caller who knows how much `out` holds.
+    /// The arguments of a dense product with the first of `panels`. It is the caller who knows how much `out` holds.
     ///
     /// # Panics
     /// If the sizes do not fit, or the weights were made to fit other kernels or codes are not turned for them.
@@ -407,11 +408,11 @@ impl KernelSet {
         &self,
         x: &CodeRows<'_>,
         weights: &PackedLinear,
-        panel: usize,
+        panels: &Range<usize>,
         out: *mut T,
     ) -> Gemm<T> {
-        let k_groups = weights.k_groups();
-        let next = if panel + 1 < weights.n_panels() { weights.panel(panel + 1) } else { std::ptr::null() };
+        let (k_groups, panel) = (weights.k_groups(), panels.start);
+        let next = if panel + 1 < panels.end { weights.panel(panel + 1) } else { std::ptr::null() };
         let args =
             Gemm { k_groups, next, ..shared(x, k_groups * 4, weights.panel(panel), weights.columns(panel), out) };
         let Some((outliers, chains)) = weights.outliers(panel) else { return args };
@@ -433,17 +434,17 @@ impl KernelSet {
         }
     }
 
-    /// `x Wᵀ + b` for the columns of a panel, `[n_rows, PANEL]`, of any form. *Error* beyond that of the stored numbers: of
+    /// `x Wᵀ + b` for the columns of the first of `panels`, `[n_rows, PANEL]`, of any form; the next one is fetched meanwhile. *Error* beyond that of the stored numbers: of
     /// the rounding of a few f32 operations per group of inputs, 2e-6 of the largest result.
     ///
     /// # Panics
     /// If the sizes do not fit.
-    pub fn product_f32(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panel: usize, out: &mut [f32]) {
+    pub fn product_f32(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panels: Range<usize>, out: &mut [f32]) {
         match weights {
-            PackedMatrix::Dense(dense) => self.gemm_f32(x, dense, panel, out),
-            PackedMatrix::Codebook(codebook) => self.forms.float.codebook(x, codebook, panel, out),
-            PackedMatrix::Blocks(blocks) => self.forms.float.blocks(x, blocks, panel, out),
-            PackedMatrix::Groups(groups) => self.forms.float.groups(x, groups, panel, out),
+            PackedMatrix::Dense(dense) => self.gemm(self.table.gemm_f32, x, dense, panels, out),
+            PackedMatrix::Codebook(codebook) => self.forms.float.codebook(x, codebook, panels.start, out),
+            PackedMatrix::Blocks(blocks) => self.forms.float.blocks(x, blocks, panels.start, out),
+            PackedMatrix::Groups(groups) => self.forms.float.groups(x, groups, panels.start, out),
         }
     }
 
@@ -451,12 +452,12 @@ impl KernelSet {
     ///
     /// # Panics
     /// If the sizes do not fit.
-    pub fn product_half(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panel: usize, out: &mut [u16]) {
+    pub fn product_half(&self, x: &CodeRows<'_>, weights: &PackedMatrix, panels: Range<usize>, out: &mut [u16]) {
         match weights {
-            PackedMatrix::Dense(dense) => self.gemm_half(x, dense, panel, out),
-            PackedMatrix::Codebook(codebook) => self.forms.half.codebook(x, codebook, panel, out),
-            PackedMatrix::Blocks(blocks) => self.forms.half.blocks(x, blocks, panel, out),
-            PackedMatrix::Groups(groups) => self.forms.half.groups(x, groups, panel, out),
+            PackedMatrix::Dense(dense) => self.gemm(self.table.gemm_half, x, dense, panels, out),
+            PackedMatrix::Codebook(codebook) => self.forms.half.codebook(x, codebook, panels.start, out),
+            PackedMatrix::Blocks(blocks) => self.forms.half.blocks(x, blocks, panels.start, out),
+            PackedMatrix::Groups(groups) => self.forms.half.groups(x, groups, panels.start, out),
         }
     }
 }

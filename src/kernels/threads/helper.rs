@@ -14,14 +14,17 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicU8, AtomicUsize};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use super::super::place::{self, Place};
+use super::MAX_TEAM;
+use super::pace::Pace;
 
 /// How long a helper that is nobody's spins before it parks.
 const SPIN: Duration = Duration::from_micros(60);
@@ -47,15 +50,14 @@ type Body = dyn Fn(usize, usize) + Sync;
 
 /// What the threads of a loop share; lives on the stack of the one that runs it.
 pub(super) struct Job {
-    /// The next part that belongs to no thread yet.
-    next: AtomicUsize,
+    /// By thread, how many parts of its run were taken beside the first.
+    taken: [AtomicUsize; MAX_TEAM + 1],
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl Job {
-    /// The job of a loop in which each of `n_threads` threads has a part of its own, the first ones.
-    pub(super) fn new(n_threads: usize) -> Self {
-        Self { next: AtomicUsize::new(n_threads), panic: Mutex::new(None) }
+    pub(super) fn new() -> Self {
+        Self { taken: [const { AtomicUsize::new(0) }; MAX_TEAM + 1], panic: Mutex::new(None) }
     }
 
     /// The last panic of a helper.
@@ -64,20 +66,26 @@ impl Job {
     }
 }
 
-/// A thread's share of a loop: a part of its own, and of the rest what it gets.
+/// A thread's share of a loop: its run of parts, the first of which nobody else takes, and of other runs what is left.
 #[derive(Clone, Copy)]
 pub(super) struct Task {
     body: *const Body,
     job: *const Job,
     lane: usize,
-    /// The part that is its own.
-    first: usize,
+    /// The thread's number in the loop.
+    thread: usize,
     n_threads: usize,
     n_parts: usize,
 }
 
+/// The run of parts of a thread: parts that follow each other stay with a thread from loop to loop, and so does what they read and
+/// write in its caches.
+pub(super) fn run_of(thread: usize, n_threads: usize, n_parts: usize) -> Range<usize> {
+    thread * n_parts / n_threads..(thread + 1) * n_parts / n_threads
+}
+
 impl Task {
-    /// The tasks of a loop by lane and first part. They hold addresses, not borrows: see [`Task::work`].
+    /// The tasks of a loop by lane and the thread's number in it. They hold addresses, not borrows: see [`Task::work`].
     pub(super) fn of(
         body: &(dyn Fn(usize, usize) + Sync),
         job: &Job,
@@ -87,23 +95,27 @@ impl Task {
         // SAFETY: only the lifetime is erased; who works on a task vouches for it.
         let body: *const Body = unsafe { std::mem::transmute::<&(dyn Fn(usize, usize) + Sync), _>(body) };
         let job = std::ptr::from_ref(job);
-        move |lane, first| Self { body, job, lane, first, n_threads, n_parts }
+        move |lane, thread| Self { body, job, lane, thread, n_threads, n_parts }
     }
 
-    /// Runs its own part, then takes parts until none is left.
+    /// Runs the first of its own parts, then takes parts until none is left, others' last.
     ///
     /// # Safety
     /// The closure and the job that it was made of must be alive.
     pub(super) unsafe fn work(self) {
-        let Self { lane, first, n_threads, n_parts, .. } = self;
+        let Self { lane, thread, n_threads, n_parts, .. } = self;
         // SAFETY: alive by this function's contract.
         let (body, job) = unsafe { (&*self.body, &*self.job) };
-        body(lane, first);
-        if n_parts > n_threads {
+        body(lane, run_of(thread, n_threads, n_parts).start);
+        if n_parts == n_threads {
+            return;
+        }
+        for of in (thread..n_threads).chain(0..thread) {
+            let run = run_of(of, n_threads, n_parts);
             loop {
-                let part = job.next.fetch_add(1, Relaxed);
-                if part >= n_parts {
-                    return;
+                let part = run.start + 1 + job.taken[of].fetch_add(1, Relaxed);
+                if part >= run.end {
+                    break;
                 }
                 body(lane, part);
             }
@@ -116,12 +128,15 @@ pub(super) struct Helper {
     line: Line,
     thread: OnceLock<Thread>,
     place: Place,
+    pub(super) pace: Pace,
 }
 
 /// What the helper and its player write to. (Processors fetch lines in pairs.)
 #[repr(align(128))]
 struct Line {
     state: AtomicU8,
+    /// Nanoseconds that its last task took.
+    took: AtomicU32,
     task: UnsafeCell<Option<Task>>,
 }
 
@@ -134,8 +149,8 @@ unsafe impl Send for Helper {}
 
 impl Helper {
     pub(super) fn new() -> Self {
-        let line = Line { state: AtomicU8::new(IDLE), task: UnsafeCell::new(None) };
-        Self { line, thread: OnceLock::new(), place: Place::default() }
+        let line = Line { state: AtomicU8::new(IDLE), took: AtomicU32::new(0), task: UnsafeCell::new(None) };
+        Self { line, thread: OnceLock::new(), place: Place::default(), pace: Pace::default() }
     }
 
     /// Tells it the handle of its own thread, once, before anybody claims it.
@@ -211,6 +226,11 @@ impl Helper {
         }
     }
 
+    /// How long its last task took. To be asked for after [`Self::wait`].
+    pub(super) fn took(&self) -> Duration {
+        Duration::from_nanos(self.line.took.load(Relaxed).into())
+    }
+
     /// Its thread's life. Without work it parks, at once where `is_crowded` says that spinning takes a core from those that
     /// compute.
     pub(super) fn live(&self, is_crowded: impl Fn() -> bool, is_stopping: impl Fn() -> bool) {
@@ -224,8 +244,11 @@ impl Helper {
                     if state.compare_exchange(ASSIGNED, RUNNING, SeqCst, Relaxed).is_ok() {
                         // SAFETY: in this state nobody writes it.
                         if let Some(task) = unsafe { *self.line.task.get() } {
+                            let started = Instant::now();
                             // SAFETY: who has assigned it waits until the state is another one.
                             unsafe { run(task) };
+                            let took = u32::try_from(started.elapsed().as_nanos()).unwrap_or(u32::MAX);
+                            self.line.took.store(took, Relaxed);
                         }
                         state.store(READY, Release);
                         (idle_since, spins) = (None, 0);
@@ -271,7 +294,7 @@ unsafe fn run(task: Task) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| unsafe { task.work() })) {
         // SAFETY: alive, as above.
         let job = unsafe { &*task.job };
-        job.next.store(task.n_parts, Relaxed);
+        job.taken.iter().for_each(|taken| taken.store(task.n_parts, Relaxed));
         *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
     }
 }

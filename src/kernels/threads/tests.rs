@@ -186,3 +186,37 @@ fn parts_are_disjoint_and_complete() {
 fn a_cut_beyond_the_slice_is_refused() {
     drop(RowParts::new(&mut [0u8; 15], 4, Cut::Even { n_rows: 4, block: 2 }));
 }
+
+#[test]
+fn a_slower_thread_gets_less_and_every_row_once() {
+    let cores = cores(2);
+    let mut seat = cores.enter();
+    let mut rows = vec![0u32; 100];
+    let mut widths = Vec::new();
+    for turn in 1..=12 {
+        let shares = seat.shares(100, 64, 80, 1);
+        let cut = shares.cut();
+        widths = (0..cut.n_parts()).map(|part| cut.rows(part).len()).collect();
+        seat.for_each_share(cut, RowParts::new(&mut rows, 1, cut), |lane, _, rows: &mut [u32]| {
+            rows.iter_mut().for_each(|row| *row += 1);
+            let time = if lane == 0 { 50 } else { 100 };
+            thread::sleep(Duration::from_micros(time * rows.len() as u64));
+        });
+        assert!(rows.iter().all(|&row| row == turn), "every row once");
+    }
+    assert!(widths.len() == 2 && widths[0] > widths[1] + 10, "{widths:?}");
+}
+
+#[test]
+fn more_rows_than_a_block_each_fall_into_even_blocks() {
+    let cores = cores(2);
+    let mut seat = cores.enter();
+    let even = |shares: &Shares| shares.each().is_none();
+    assert!(even(&seat.shares(129, 64, 80, 1)));
+    assert!(even(&seat.shares(31, 64, 80, 16)), "less than a grain each");
+    assert!(!even(&seat.shares(128, 64, 80, 16)));
+    // Nobody is left to help once another player computes.
+    drop(seat);
+    let (mut one, _other) = (cores.enter(), cores.enter());
+    assert!(even(&one.shares(100, 64, 80, 1)));
+}
