@@ -328,7 +328,7 @@ fn turned<'a>(
     kernels.turn(x, weights, |n| room.insert(workspace.take(n)))
 }
 
-/// Rows for the threads of the next loop; what passes leave of `block` goes to those that are faster.
+/// Rows for the threads of the next loop, about `block` of them to a part, and more to that of a faster thread.
 fn row_shares(n_rows: usize, block: usize, seat: &mut Seat) -> Shares {
     seat.shares(n_rows, block, BLOCK_ROWS, 1)
 }
