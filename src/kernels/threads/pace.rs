@@ -47,8 +47,7 @@ pub struct Shares {
 
 impl Shares {
     /// Blocks of at most `block` rows, evenly many for each of `n_threads`.
-    #[must_use]
-    pub fn even(n_rows: usize, block: usize, n_threads: usize) -> Self {
+    pub(super) fn even(n_rows: usize, block: usize, n_threads: usize) -> Self {
         let rounds = n_rows.div_ceil(block * n_threads).max(1);
         let block = n_rows.div_ceil(rounds * n_threads).max(1);
         Self { n_rows, block: Some(block), n_threads, bounds: [0; MAX_TEAM + 2] }
