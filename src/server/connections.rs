@@ -27,6 +27,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::connection::{Activity, WriteTimeout, service};
+use super::listen::deafen;
 use super::state::AppState;
 use crate::telemetry::{Dropped, Port, events};
 
@@ -75,6 +76,13 @@ impl Accepting {
 
     pub(super) fn address(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// Lets no other client begin to connect.
+    pub(super) fn deafen(&self) {
+        if let Err(error) = deafen(&self.listener) {
+            debug!(%error, "a client that connects in the last moment may be cut off");
+        }
     }
 }
 

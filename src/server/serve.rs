@@ -13,6 +13,10 @@ use super::router::{admin_router, public_router, router};
 use super::state::AppState;
 use crate::telemetry::{Port, events};
 
+/// How long a client that has begun to connect may take to complete it as the service ends: a round trip, and what a busy
+/// system adds.
+const HANDSHAKE: Duration = Duration::from_millis(50);
+
 /// Where the service listens.
 #[derive(Debug)]
 pub struct Listeners {
@@ -79,9 +83,10 @@ pub async fn serve(
             () = sleep_until(end) => {}
         }
     }
-    for port in [Some(http), grpc, admin].into_iter().flatten() {
-        connections.accept_the_last(port);
-    }
+    let ports: Vec<_> = [Some(http), grpc, admin].into_iter().flatten().collect();
+    ports.iter().for_each(Accepting::deafen);
+    sleep_until(end.min(Instant::now() + HANDSHAKE)).await;
+    ports.into_iter().for_each(|port| connections.accept_the_last(port));
     // All that was accepted has been handed in by now, or has run out of time.
     let models = state.models.all();
     models.iter().for_each(|model| model.engine.close());
