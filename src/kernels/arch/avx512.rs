@@ -22,6 +22,11 @@ use crate::kernels::forms::PAIR;
 use crate::kernels::layout::PANEL;
 use crate::kernels::{AttentionForm, Nonlinearity};
 
+/// Bytes of a cache line, and of a vector.
+const LINE: usize = 64;
+/// Lines of a panel's weights for four inputs.
+const LINES: usize = PANEL * 4 / LINE;
+
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
@@ -129,14 +134,14 @@ unsafe impl Simd for Avx512 {
     }
 }
 
-/// `R` rows by the 64 columns of a panel, all of k in 4·R accumulators. `PREFETCH` of the four cache lines per group of k
-/// of the next panel are asked for, starting at line `line`, into the cache that `HINT` says.
+/// `R` rows by the 64 columns of a panel, all of k in 4·R accumulators. For every group of k, `PREFETCH` lines from `ahead` on are
+/// asked for, into the cache that `HINT` says.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 #[inline(never)]
 unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize, const HINT: i32>(
     gemm: &Gemm<T>,
     row: usize,
-    line: usize,
+    ahead: *const i8,
 ) {
     // SAFETY: the rows are inside `codes` and `out`, the panel holds `k_groups` groups (the façade's checks); prefetching
     // touches nothing.
@@ -147,23 +152,23 @@ unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize, const HINT: i
         if T::ADDS {
             for r in 0..R {
                 let out: *const i8 = gemm.out.add((row + r) * gemm.out_stride).cast();
-                for line in 0..PANEL * size_of::<T>() / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(out.add(line * 64));
+                for line in 0..PANEL * size_of::<T>() / LINE {
+                    _mm_prefetch::<_MM_HINT_T0>(out.add(line * LINE));
                 }
             }
         }
         for group in 0..gemm.k_groups {
-            let weights = gemm.weights.add(group * 256);
-            let weight: [__m512i; 4] = std::array::from_fn(|j| _mm512_load_si512(weights.add(j * 64).cast()));
+            let weights = gemm.weights.add(group * LINES * LINE);
+            let weight: [__m512i; LINES] = std::array::from_fn(|j| _mm512_load_si512(weights.add(j * LINE).cast()));
             for r in 0..R {
                 let code = codes[r].add(group * 4).cast::<i32>().read_unaligned();
                 let code = _mm512_set1_epi32(code);
-                for j in 0..4 {
+                for j in 0..LINES {
                     sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], code, weight[j]);
                 }
             }
-            for p in 0..PREFETCH {
-                _mm_prefetch::<HINT>(gemm.next.wrapping_add(group * 256 + ((line + p) & 3) * 64));
+            for line in 0..PREFETCH {
+                _mm_prefetch::<HINT>(ahead.wrapping_add((group * PREFETCH + line) * LINE));
             }
         }
         T::end::<Avx512Vnni, R>(gemm, row, &sums);
@@ -174,52 +179,54 @@ unsafe fn tile<T: PanelEnd, const R: usize, const PREFETCH: usize, const HINT: i
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 unsafe fn tile_of<T: PanelEnd, const PREFETCH: usize, const HINT: i32>(
     gemm: &Gemm<T>,
-    row: usize,
-    n_rows: usize,
-    line: usize,
+    (row, n_rows): (usize, usize),
+    ahead: *const i8,
 ) {
     // SAFETY: passed on.
     unsafe {
         match n_rows {
             0 => {}
-            1 => tile::<T, 1, PREFETCH, HINT>(gemm, row, line),
-            2 => tile::<T, 2, PREFETCH, HINT>(gemm, row, line),
-            3 => tile::<T, 3, PREFETCH, HINT>(gemm, row, line),
-            4 => tile::<T, 4, PREFETCH, HINT>(gemm, row, line),
-            5 => tile::<T, 5, PREFETCH, HINT>(gemm, row, line),
-            _ => tile::<T, 6, PREFETCH, HINT>(gemm, row, line),
+            1 => tile::<T, 1, PREFETCH, HINT>(gemm, row, ahead),
+            2 => tile::<T, 2, PREFETCH, HINT>(gemm, row, ahead),
+            3 => tile::<T, 3, PREFETCH, HINT>(gemm, row, ahead),
+            4 => tile::<T, 4, PREFETCH, HINT>(gemm, row, ahead),
+            5 => tile::<T, 5, PREFETCH, HINT>(gemm, row, ahead),
+            _ => tile::<T, 6, PREFETCH, HINT>(gemm, row, ahead),
         }
     }
 }
 
-/// All tiles; the first ones ask for `PREFETCH` of the next panel's lines each, until all four of a group are asked for.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn tiles<T: PanelEnd, const PREFETCH: usize, const HINT: i32>(gemm: &Gemm<T>) {
-    for (index, (row, n_rows)) in row_tiles(gemm.n_rows, 6).enumerate() {
-        let line = index * PREFETCH;
-        // SAFETY: passed on; the rows are below `n_rows`.
-        unsafe {
-            if line < 4 {
-                tile_of::<T, PREFETCH, HINT>(gemm, row, n_rows, line);
-            } else {
-                tile_of::<T, 0, HINT>(gemm, row, n_rows, line);
-            }
-        }
+/// How many lines of the next panel tile `index` of `n_tiles` asks for with every group of k: together the whole panel.
+fn lines_asked(n_tiles: usize, index: usize) -> usize {
+    match (n_tiles, index) {
+        (4.., 4..) => 0,
+        (4.., _) | (3, 0 | 1) => 1,
+        (2 | 3, _) => 2,
+        _ => LINES,
     }
 }
 
-/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, its cache lines spread over the first row tiles. Few rows
-/// leave it no time to come from the third cache into the first, where it would only take the place of this one.
+/// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, spread over the first tiles, in the order of its lines:
+/// asked for in strides, the processor does not take them for a stream that it can fetch ahead by itself. Few rows leave a panel no
+/// time to come from the third cache into the first, where it would only take the place of this one.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 pub(super) unsafe fn gemm<T: PanelEnd>(gemm: &Gemm<T>) {
-    // SAFETY: passed on unchanged.
-    unsafe {
-        match gemm.n_rows.div_ceil(6) {
-            _ if gemm.next.is_null() => tiles::<T, 0, _MM_HINT_T0>(gemm),
-            0 | 1 => tiles::<T, 4, _MM_HINT_T1>(gemm),
-            2 | 3 => tiles::<T, 2, _MM_HINT_T1>(gemm),
-            _ => tiles::<T, 1, _MM_HINT_T0>(gemm),
+    let n_tiles = gemm.n_rows.div_ceil(6);
+    let mut n_asked = 0;
+    for (index, rows) in row_tiles(gemm.n_rows, 6).enumerate() {
+        let n_lines = if gemm.next.is_null() { 0 } else { lines_asked(n_tiles, index) };
+        let ahead = gemm.next.wrapping_add(n_asked * gemm.k_groups * LINE);
+        // SAFETY: passed on; the rows are below `n_rows`.
+        unsafe {
+            match (n_lines, n_tiles) {
+                (0, _) => tile_of::<T, 0, _MM_HINT_T0>(gemm, rows, ahead),
+                (1, 4..) => tile_of::<T, 1, _MM_HINT_T0>(gemm, rows, ahead),
+                (1, _) => tile_of::<T, 1, _MM_HINT_T1>(gemm, rows, ahead),
+                (2, _) => tile_of::<T, 2, _MM_HINT_T1>(gemm, rows, ahead),
+                _ => tile_of::<T, LINES, _MM_HINT_T1>(gemm, rows, ahead),
+            }
         }
+        n_asked += n_lines;
     }
 }
 
@@ -304,3 +311,15 @@ unsafe fn quantize(args: &Quantize) {
 
 pub(super) static TABLE: Table =
     Table { quantize, gemm_topped: Some(gemm::<Topped>), gemm_added: Some(gemm::<Added>), ..stored::TABLE };
+
+#[cfg(test)]
+mod tests {
+    use super::{LINES, lines_asked};
+
+    #[test]
+    fn tiles_ask_for_the_whole_next_panel() {
+        for n_tiles in 1..20 {
+            assert_eq!((0..n_tiles).map(|index| lines_asked(n_tiles, index)).sum::<usize>(), LINES, "{n_tiles} tiles");
+        }
+    }
+}
