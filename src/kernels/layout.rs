@@ -75,7 +75,7 @@ impl RowSums {
 struct Line([i8; 64]);
 
 /// Lines of one group of four k in a panel.
-const LINES: usize = PANEL * 4 / 64;
+pub(super) const LINES: usize = PANEL * 4 / 64;
 
 /// A linear layer `[n_out, n_in]` with s8 weights, packed in panels.
 #[derive(Debug, Clone)]

@@ -19,13 +19,11 @@ use super::rows::Quantize;
 use super::simd::Simd;
 use super::table::{Table, kernel_table, one};
 use crate::kernels::forms::PAIR;
-use crate::kernels::layout::PANEL;
+use crate::kernels::layout::{LINES, PANEL};
 use crate::kernels::{AttentionForm, Nonlinearity};
 
 /// Bytes of a cache line, and of a vector.
 const LINE: usize = 64;
-/// Lines of a panel's weights for four inputs.
-const LINES: usize = PANEL * 4 / LINE;
 
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
@@ -207,8 +205,8 @@ fn lines_asked(n_tiles: usize, index: usize) -> usize {
 }
 
 /// `gemm_u8i8_avx512_vnni`: 6x64 tiles. Meanwhile the next panel is fetched, spread over the first tiles, in the order of its lines:
-/// asked for in strides, the processor does not take them for a stream that it can fetch ahead by itself. Few rows leave a panel no
-/// time to come from the third cache into the first, where it would only take the place of this one.
+/// in strides it is slower, probably since the processor then does not see a stream to fetch ahead by itself. Few rows leave a panel
+/// no time to come from the third cache into the first, where it would only take the place of this one.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 pub(super) unsafe fn gemm<T: PanelEnd>(gemm: &Gemm<T>) {
     let n_tiles = gemm.n_rows.div_ceil(6);
